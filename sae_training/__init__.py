@@ -1,0 +1,1 @@
+"""SAE training over many layers."""

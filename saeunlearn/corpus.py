@@ -1,0 +1,352 @@
+"""Forget, retain and question records from files and data sets; windows, masks, batches, fingerprints."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .errors import CorpusError, OverlapError
+
+if TYPE_CHECKING:
+    from .models import LanguageModel
+
+
+@dataclass(frozen=True)
+class Record:
+    """One text, question/answer pair or multiple-choice question.
+
+    `text` is set for plain texts, `question` and `answer` for pairs; `choices` holds all answers of a
+    multiple-choice question, `answer` among them. `meta` keeps the file's other fields (group labels).
+    """
+
+    text: str = ""
+    question: str = ""
+    answer: str = ""
+    choices: tuple[str, ...] = ()
+    meta: Mapping[str, Any] = field(default_factory=dict, compare=False, hash=False)
+
+    @property
+    def full_text(self) -> str:
+        """The text, or question and answer joined by one space."""
+        return self.text or f"{self.question.rstrip()} {self.answer.lstrip()}".strip()
+
+    @cached_property
+    def id(self) -> str:
+        """sha256 of the normalised text: equal for records that differ in case, spacing or Unicode form."""
+        plain = unicodedata.normalize("NFKC", self.full_text).casefold()
+        return hashlib.sha256(re.sub(r"\s+", " ", plain).strip().encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """An ordered list of records under a name. Raises CorpusError when empty."""
+
+    records: tuple[Record, ...]
+    name: str = "corpus"
+
+    def __post_init__(self) -> None:
+        if not self.records:
+            raise CorpusError(f"{self.name} holds no records")
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self.records)
+
+    @classmethod
+    def of(cls, texts: Sequence[str], name: str = "corpus") -> Corpus:
+        """A corpus of plain texts."""
+        return cls(tuple(Record(text=t) for t in texts if t.strip()), name)
+
+    @classmethod
+    def load(cls, source: str | Path, *, split: str = "train") -> Corpus:
+        """Read a JSONL, JSON or text file, or a Hugging Face data set (folder or hub id, `id:config`).
+
+        Known shapes: `text`; `question`/`answer`; `prompt`/`response`; `input`/`output`;
+        `question`/`choices`/`answer` (answer an index or one of the choices); TOFU's `option1…` and
+        `perturbed_answer`; lists of strings; several JSON arrays one after another; plain lines.
+        Raises CorpusError naming file and record.
+        """
+        path = Path(source).expanduser()
+        if path.is_file():
+            try:
+                rows = list(_read_rows(path.read_text(encoding="utf-8"), str(path)))
+            except UnicodeDecodeError as e:
+                raise CorpusError(f"{path} is not UTF-8 text: {e}") from e
+            name = path.stem
+        else:
+            if not path.is_dir() and (path.suffix or str(source).startswith((".", "/", "~"))):
+                raise CorpusError(f"{source} does not exist")
+            rows = _read_dataset(str(source), split)
+            name = path.name
+        records = tuple(_to_record(r, f"{source}, record {i + 1}") for i, r in enumerate(rows))
+        if not records:
+            raise CorpusError(f"{source} holds no records")
+        return cls(records, name)
+
+    def split(self, fraction: float, seed: int) -> tuple[Corpus, Corpus]:
+        """(rest, held-out part of about `fraction`), a seeded random split; both non-empty.
+
+        Raises CorpusError for a corpus of one record.
+        """
+        if len(self) < 2:
+            raise CorpusError(f"{self.name} has one record; at least two are needed to hold some out")
+        order = list(range(len(self)))
+        random.Random(seed).shuffle(order)
+        n = min(max(1, round(fraction * len(self))), len(self) - 1)
+        held = set(order[:n])
+        rest = tuple(r for i, r in enumerate(self.records) if i not in held)
+        held_out = tuple(self.records[i] for i in sorted(held))
+        return Corpus(rest, self.name), Corpus(held_out, f"{self.name}-held-out")
+
+    def sample(self, n: int, seed: int) -> Corpus:
+        """At most `n` records, a seeded random subset in the original order."""
+        if len(self) <= n:
+            return self
+        keep = sorted(random.Random(seed).sample(range(len(self)), n))
+        return Corpus(tuple(self.records[i] for i in keep), self.name)
+
+    def fingerprint(self) -> str:
+        """sha256 over the records' ids in order: says what was used without saying what it says."""
+        return hashlib.sha256("\n".join(r.id for r in self.records).encode()).hexdigest()
+
+
+def refuse_overlap(forget: Corpus, retain: Corpus) -> None:
+    """Raises OverlapError when a record (up to case, spacing and Unicode form) is in both sets."""
+    shared = {r.id for r in forget} & {r.id for r in retain}
+    if shared:
+        where = [i + 1 for i, r in enumerate(retain) if r.id in shared][:5]
+        raise OverlapError(
+            f"{len(shared)} of {len(forget)} forget records are also in the retain set "
+            f"(retain records {where}{' …' if len(shared) > 5 else ''}): remove them from one of the two"
+        )
+
+
+# --- tokens, windows, batches ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Window:
+    """Token ids of one record or of a part of it (BOS first where the model has one).
+
+    `answer_start`: index of the first answer token of a question/answer pair, else 1.
+    """
+
+    ids: tuple[int, ...]
+    answer_start: int
+    record: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded windows. All tensors [batch, position].
+
+    `mask` (bool) marks the positions whose activations count: never padding, and never the first
+    position: it is BOS, or acts as the attention sink in its place. `targets` (bool) marks the tokens
+    that are predicted and scored: those of `mask`, from the answer's start on for pairs.
+    """
+
+    ids: Tensor
+    attention_mask: Tensor
+    mask: Tensor
+    targets: Tensor
+    records: tuple[int, ...]
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on `device`."""
+        tensors = (self.ids, self.attention_mask, self.mask, self.targets)
+        ids, attention_mask, mask, targets = (t.to(device) for t in tensors)
+        return Batch(ids, attention_mask, mask, targets, self.records)
+
+
+def windows(corpus: Corpus, model: LanguageModel, max_length: int | None = None) -> list[Window]:
+    """Tokenise a corpus; a text longer than the context is cut into consecutive windows, each with BOS.
+
+    A last window of a single token without BOS is dropped: nothing in it can be scored.
+    Raises CorpusError when no record yields a token that can be scored, or for windows below two tokens.
+    """
+    limit = model.max_length if max_length is None else min(max_length, model.max_length)
+    if limit < 2:
+        raise CorpusError(f"windows of {limit} tokens leave nothing to predict: use at least 2")
+    bos = [] if model.bos_id is None else [model.bos_id]
+    texts = [render(r, model.tokenizer) for r in corpus]
+    tokenised = model.tokenizer(
+        [t for t, _ in texts], add_special_tokens=False, return_offsets_mapping=True
+    )  # fast tokenizers only: every tokenizer of transformers 5 is one
+    out = []
+    for i, ((_, start_char), ids, offsets) in enumerate(
+        zip(texts, tokenised.input_ids, tokenised.offset_mapping)
+    ):
+        first = sum(1 for _, end in offsets if end <= start_char) if start_char else 0
+        step = limit - len(bos)
+        for at in range(0, len(ids), step):
+            part = tuple(bos + ids[at : at + step])
+            if len(part) > 1:
+                out.append(Window(part, max(1, first - at + len(bos)), i))
+    if not out:
+        raise CorpusError(f"{corpus.name}: no record is longer than one token")
+    return out
+
+
+def render(record: Record, tokenizer: Any) -> tuple[str, int]:
+    """(text, character at which the answer starts; 0 for plain text), through the chat template if any."""
+    if record.text:
+        return record.text, 0
+    if getattr(tokenizer, "chat_template", None):
+        user = [{"role": "user", "content": record.question}]
+        prompt = tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True)
+        if tokenizer.bos_token:
+            prompt = prompt.removeprefix(tokenizer.bos_token)
+        return prompt + record.answer, len(prompt)
+    return record.full_text, len(record.question.strip())
+
+
+def batches(
+    items: Sequence[Window], pad_id: int, *, max_tokens: int = 4096, seed: int | None = None
+) -> Iterator[Batch]:
+    """Batches of windows of similar length, at most `max_tokens` padded tokens each (one window at least).
+
+    With a seed the order of the batches is shuffled and equal lengths are mixed; without, it is fixed.
+    """
+    order = list(range(len(items)))
+    rng = random.Random(seed)
+    if seed is not None:
+        rng.shuffle(order)
+    order.sort(key=lambda i: len(items[i].ids))
+    groups: list[list[int]] = [[]]
+    for i in order:
+        if groups[-1] and (len(groups[-1]) + 1) * len(items[i].ids) > max_tokens:
+            groups.append([])
+        groups[-1].append(i)
+    if seed is not None:
+        rng.shuffle(groups)
+    for g in groups:
+        yield collate([items[i] for i in g], pad_id)
+
+
+def endless(items: Sequence[Window], pad_id: int, batch_size: int, seed: int) -> Iterator[Batch]:
+    """Seeded batches of `batch_size` windows for training, epoch after epoch, for ever."""
+    rng = random.Random(seed)
+    queue: list[int] = []
+    while True:
+        while len(queue) < batch_size:
+            epoch = list(range(len(items)))
+            rng.shuffle(epoch)
+            queue += epoch
+        yield collate([items[i] for i in queue[:batch_size]], pad_id)
+        queue = queue[batch_size:]
+
+
+def collate(items: Sequence[Window], pad_id: int) -> Batch:
+    """Pad windows on the right into one Batch."""
+    width = max(len(w.ids) for w in items)
+    ids = torch.full((len(items), width), pad_id, dtype=torch.long)
+    attention = torch.zeros((len(items), width), dtype=torch.long)
+    targets = torch.zeros((len(items), width), dtype=torch.bool)
+    for row, w in enumerate(items):
+        n = len(w.ids)
+        ids[row, :n] = torch.tensor(w.ids)
+        attention[row, :n] = 1
+        targets[row, min(w.answer_start, n) : n] = True
+    mask = attention.bool().clone()
+    mask[:, 0] = False
+    return Batch(ids, attention, mask, targets & mask, tuple(w.record for w in items))
+
+
+# --- reading -----------------------------------------------------------------------------------------------
+
+
+def _read_rows(text: str, where: str) -> Iterator[Any]:
+    """Records of JSONL, one JSON list, several JSON lists in a row, or plain lines."""
+    body = text.lstrip("\ufeff \t\r\n")
+    if not body:
+        raise CorpusError(f"{where} is empty")
+    skipped = text[: len(text) - len(body)].count("\n")
+    if body[0] not in "{[" and not _is_json(body.splitlines()[0]):  # a story may begin with a quotation mark
+        yield from (line.strip() for line in body.splitlines() if line.strip())
+        return
+    decoder = json.JSONDecoder()
+    at = 0
+    while at < len(body):
+        try:
+            value, end = decoder.raw_decode(body, at)
+        except json.JSONDecodeError as e:
+            line = skipped + body.count("\n", 0, e.pos) + 1
+            raise CorpusError(f"{where}, line {line}: not valid JSON ({e.msg})") from e
+        yield from value if isinstance(value, list) else [value]
+        at = end
+        while at < len(body) and body[at] in " \t\r\n,":
+            at += 1
+
+
+def _is_json(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), str)
+    except json.JSONDecodeError:
+        return False
+
+
+def _read_dataset(source: str, split: str) -> list[Any]:
+    import datasets
+
+    name, _, config = source.partition(":")
+    try:
+        if Path(name).is_dir() and (Path(name) / "dataset_info.json").exists():
+            data = datasets.load_from_disk(name)
+        elif Path(name).is_dir() and (Path(name) / "dataset_dict.json").exists():
+            data = datasets.load_from_disk(name)[split]
+        else:
+            data = datasets.load_dataset(name, config or None, split=split)
+    except Exception as e:  # datasets raises a dozen unrelated types for "not there"
+        raise CorpusError(f"cannot read the data set {source!r} (split {split!r}): {e}") from e
+    return list(data)
+
+
+_PAIRS = (("question", "answer"), ("prompt", "response"), ("input", "output"))
+
+
+def _to_record(row: Any, where: str) -> Record:
+    if isinstance(row, str):
+        row = {"text": row}
+    if not isinstance(row, Mapping):
+        raise CorpusError(f"{where}: expected an object or a string, got {type(row).__name__}")
+    if isinstance(row.get("text"), str) and row["text"].strip():
+        return Record(text=row["text"], meta={k: v for k, v in row.items() if k != "text"})
+    for q, a in _PAIRS:
+        if q in row and a in row:
+            choices = row.get("choices")
+            if choices is None and "option1" in row:
+                choices = [row[k] for k in sorted(row) if re.fullmatch(r"option\d+", k)]
+            if choices is None and isinstance(row.get("perturbed_answer"), list):
+                choices = [row[a], *row["perturbed_answer"]]
+            question, answer = row[q], row[a]
+            if choices is not None and isinstance(answer, int):
+                if not 0 <= answer < len(choices):
+                    raise CorpusError(f"{where}: answer {answer} is not an index into {len(choices)} choices")
+                answer = choices[answer]
+            if not isinstance(question, str) or not isinstance(answer, str):
+                raise CorpusError(f"{where}: {q!r} and {a!r} must be strings")
+            if not question.strip() or not answer.strip():
+                raise CorpusError(f"{where}: {q!r} or {a!r} is empty")
+            if choices is not None and answer not in choices:
+                raise CorpusError(f"{where}: the answer is not among the choices")
+            meta = {k: v for k, v in row.items() if k not in (q, a, "choices")}
+            return Record(question=question, answer=answer, choices=tuple(choices or ()), meta=meta)
+    if "text" in row:
+        raise CorpusError(f"{where}: `text` is empty or not a string")
+    raise CorpusError(
+        f"{where}: no `text`, `question`/`answer`, `prompt`/`response` or `input`/`output` among the fields "
+        f"{sorted(map(str, row))}"
+    )

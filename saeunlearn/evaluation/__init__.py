@@ -1,0 +1,1 @@
+"""What a model still knows, before and after an edit: metrics, evaluation by group, comparison, report."""

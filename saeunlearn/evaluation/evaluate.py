@@ -1,0 +1,263 @@
+"""Evaluate a model on groups of questions and on texts, compare two evaluations, and print the comparison.
+
+The results are plain JSON values. They identify records by the first 16 hex digits of `Record.id` and hold
+no text, except `samples`, which quotes the prompts that were given: pass prompts only where text may be kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..corpus import Corpus, Record
+from ..errors import ConfigError
+from ..models import LanguageModel
+from ..progress import Progress
+from .metrics import Values, cloze, multiple_choice, nll, samples
+
+SCHEMA = 1
+_RESAMPLES = 2000
+
+
+def evaluate(
+    model: LanguageModel,
+    *,
+    questions: Corpus | None,
+    texts: Mapping[str, Corpus] | None,
+    prompts: Sequence[str],
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Multiple choice and cloze by group of questions, NLL by text corpus, greedy continuations of prompts.
+
+    Returns a JSON-able document:
+
+        {"schema": 1, "model": name,
+         "questions": {"n", "fingerprint"} | None,
+         "groups": {group: {"multiple_choice": M, "cloze": M}},      # a metric that fits no record is absent
+         "texts": {name: {"n", "fingerprint", "per_token", "low", "high", "worst": [{"id", "value"}],
+                          "ids": [...], "values": [...], "tokens": [...]}},
+         "samples": [{"prompt", "text"}]}
+        M = {"n", "mean", "low", "high", "chance", "subgroups": [{"label", "n", "mean"}], "ids", "values"}
+
+    `group_of` builds the groups. `low` and `high` bound 95 %: Wilson for shares, a bootstrap over records for
+    NLL (nats per token). `subgroups` are the three worst topic × attribute: best remembered where the group
+    is forgotten, least remembered elsewhere; `worst` records likewise. `chance` is None for cloze.
+    """
+    progress = progress or Progress()
+    groups: dict[str, dict[str, Any]] = {}
+    if questions is not None:
+        choice = [i for i, r in enumerate(questions) if r.choices]
+        pairs = [i for i, r in enumerate(questions) if r.question and r.answer]
+        for metric, kept in ((multiple_choice, choice), (cloze, pairs)):
+            if kept:
+                part = Corpus(tuple(questions.records[i] for i in kept), questions.name)
+                for group, summary in _by_group(part, metric(model, part, progress=progress)).items():
+                    groups.setdefault(group, {})[metric.__name__] = summary
+    return {
+        "schema": SCHEMA,
+        "model": model.name,
+        "questions": {"n": len(questions), "fingerprint": questions.fingerprint()} if questions else None,
+        "groups": dict(sorted(groups.items())),
+        "texts": {
+            name: _text_summary(name, corpus, nll(model, corpus, progress=progress))
+            for name, corpus in (texts or {}).items()
+        },
+        "samples": [
+            {"prompt": p, "text": t} for p, t in zip(prompts, samples(model, prompts) if prompts else [])
+        ],
+    }
+
+
+def combine(before: Mapping[str, Any], after: Mapping[str, Any], seed: int = 0) -> dict[str, Any]:
+    """The document of evaluation.json: {"schema", "before", "after", "comparison", "samples"}.
+
+    `samples` pairs the two continuations of each prompt: [{"prompt", "before", "after"}].
+    """
+    later = {s["prompt"]: s["text"] for s in after["samples"]}
+    side_by_side = [
+        {"prompt": s["prompt"], "before": s["text"], "after": later[s["prompt"]]}
+        for s in before["samples"]
+        if s["prompt"] in later
+    ]
+    return {
+        "schema": SCHEMA,
+        "before": {k: v for k, v in before.items() if k != "samples"},
+        "after": {k: v for k, v in after.items() if k != "samples"},
+        "comparison": compare(before, after, seed),
+        "samples": side_by_side,
+    }
+
+
+def group_of(record: Record) -> str:
+    """Group of a question from its `set`, `phrasing` and `entity_status`; "all" without a `set`.
+
+    "forget/seen", "near/held_out", … ; entities that the edit never used form "near/untouched" whatever the
+    phrasing; without a phrasing the group is the set itself.
+    """
+    name = record.meta.get("set")
+    if not name:
+        return "all"
+    if record.meta.get("entity_status") == "untouched":
+        return f"{name}/untouched"
+    phrasing = record.meta.get("phrasing")
+    return f"{name}/{phrasing}" if phrasing else str(name)
+
+
+def is_forget(group: str) -> bool:
+    """Whether low scores are the aim in this group of questions or text corpus."""
+    return group.split("/")[0] == "forget"
+
+
+def wilson(successes: float, n: int) -> tuple[float, float]:
+    """95 % Wilson score interval of a share of `successes` among `n`."""
+    z = 1.959963984540054
+    p = successes / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def bootstrap(values: Sequence[float], weights: Sequence[float], seed: int = 0) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the weighted mean, resampling records (2,000 times, seeded)."""
+    v, w = np.asarray(values, float), np.asarray(weights, float)
+    rng = np.random.default_rng(seed)
+    step = max(1, 2_000_000 // len(v))  # bounds the memory of the index table
+    means = []
+    for at in range(0, _RESAMPLES, step):
+        index = rng.integers(0, len(v), (min(step, _RESAMPLES - at), len(v)))
+        means.append((v * w)[index].sum(1) / w[index].sum(1))
+    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def compare(before: Mapping[str, Any], after: Mapping[str, Any], seed: int = 0) -> list[dict[str, Any]]:
+    """One row per group and metric of two results of `evaluate`, the same records scored by two models.
+
+    Row: {"group", "metric", "n", "before", "after", "change", "low", "high", "ratio", "chance",
+    "before_low", "before_high", "after_low", "after_high"}. `low` and `high`: paired bootstrap 95 % interval
+    of the change, over records; it does not cover the choice of seed. `ratio` = after / before (None where
+    before is 0). Metric "nll" is in nats per token, the others are shares.
+    Raises ConfigError when the two were not measured on the same records.
+    """
+    rows = []
+    for group, metrics in before["groups"].items():
+        for metric, b in metrics.items():
+            a = after["groups"].get(group, {}).get(metric)
+            _same_records(b, a, f"{group} {metric}")
+            rows.append(_row(group, metric, b, a, "mean", [1.0] * b["n"], seed))
+    for name, b in before["texts"].items():
+        a = after["texts"].get(name)
+        _same_records(b, a, f"text {name}")
+        rows.append(_row(name, "nll", b, a, "per_token", b["tokens"], seed))
+    return rows
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows of `compare` as an aligned table for a terminal."""
+    if not rows:
+        return "nothing was compared"
+    cells = [("group", "metric", "n", "before", "after", "change", "95 % interval", "ratio")]
+    for r in rows:
+        ratio = "–" if r["ratio"] is None else f"{r['ratio']:.2f}"
+        interval = f"{r['low']:+.3f} … {r['high']:+.3f}"
+        numbers = (f"{r['before']:.3f}", f"{r['after']:.3f}", f"{r['change']:+.3f}", interval, ratio)
+        cells.append((r["group"], r["metric"].replace("_", " "), str(r["n"]), *numbers))
+    widths = [max(len(c[i]) for c in cells) for i in range(len(cells[0]))]
+    lines = [
+        "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
+        for row in cells
+    ]
+    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+# --- shared ------------------------------------------------------------------------------------------------
+
+
+def _by_group(corpus: Corpus, scored: Values) -> dict[str, dict[str, Any]]:
+    members: dict[str, list[int]] = defaultdict(list)
+    for i, r in enumerate(corpus):
+        members[group_of(r)].append(i)
+    out = {}
+    for group, index in members.items():
+        records = [corpus.records[i] for i in index]
+        values = [int(scored.values[i]) for i in index]
+        low, high = wilson(sum(values), len(values))
+        chance = sum(1 / len(r.choices) for r in records) / len(records) if scored.name != "cloze" else None
+        out[group] = {
+            "n": len(values),
+            "mean": sum(values) / len(values),
+            "low": low,
+            "high": high,
+            "chance": chance,
+            "subgroups": _worst_subgroups(group, records, values),
+            "ids": [r.id[:16] for r in records],
+            "values": values,
+        }
+    return out
+
+
+def _worst_subgroups(group: str, records: Sequence[Record], values: Sequence[int]) -> list[dict[str, Any]]:
+    parts: dict[str, list[int]] = defaultdict(list)
+    for r, v in zip(records, values):
+        label = " × ".join(str(r.meta[k]) for k in ("topic", "attribute") if r.meta.get(k) is not None)
+        if label:
+            parts[label].append(v)
+    rows: list[dict[str, Any]] = [
+        {"label": k, "n": len(v), "mean": sum(v) / len(v)} for k, v in sorted(parts.items())
+    ]
+    return sorted(rows, key=lambda r: -r["mean"] if is_forget(group) else r["mean"])[:3]
+
+
+def _text_summary(name: str, corpus: Corpus, scored: Values) -> dict[str, Any]:
+    low, high = bootstrap(scored.values, scored.tokens)
+    ids = [corpus.records[i].id[:16] for i in scored.records]
+    order = sorted(range(scored.n), key=lambda i: scored.values[i] * (1 if is_forget(name) else -1))
+    return {
+        "n": scored.n,
+        "fingerprint": corpus.fingerprint(),
+        "per_token": scored.per_token,
+        "low": low,
+        "high": high,
+        "worst": [{"id": ids[i], "value": scored.values[i]} for i in order[:5]],
+        "ids": ids,
+        "values": scored.values,
+        "tokens": scored.tokens,
+    }
+
+
+def _same_records(before: Mapping[str, Any], after: Mapping[str, Any] | None, where: str) -> None:
+    if after is None or before["ids"] != after["ids"]:
+        raise ConfigError(f"{where}: before and after were not measured on the same records")
+
+
+def _row(
+    group: str,
+    metric: str,
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    aggregate: str,
+    weights: Sequence[float],
+    seed: int,
+) -> dict[str, Any]:
+    b, a = before[aggregate], after[aggregate]
+    low, high = bootstrap([y - x for x, y in zip(before["values"], after["values"])], weights, seed)
+    return {
+        "group": group,
+        "metric": metric,
+        "n": before["n"],
+        "before": b,
+        "after": a,
+        "change": a - b,
+        "low": low,
+        "high": high,
+        "ratio": a / b if b else None,
+        "chance": before.get("chance"),
+        "before_low": before["low"],
+        "before_high": before["high"],
+        "after_low": after["low"],
+        "after_high": after["high"],
+    }

@@ -1,0 +1,1 @@
+"""Which features carry the forget set: streaming scores, selection of layer and features, subspaces."""

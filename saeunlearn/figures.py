@@ -1,0 +1,357 @@
+"""Every figure of the toolkit: takes data, returns a matplotlib Figure (Agg, no pyplot, no global state).
+
+Colours are the Okabe–Ito palette, which people with colour-vision deficiencies can tell apart; series differ
+in marker or hatching too.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
+YELLOW, BLUE, VERMILION, PURPLE, GREY = "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#8A8A8A"
+FORGET, RETAIN = VERMILION, BLUE  # one meaning each, in every figure
+_SERIES = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK, GREY)
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_LINES = ("-", "--", "-.", ":")
+
+
+def layer_table(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Bars of every layer score, and of every probe result, by layer; the chosen layer is highlighted.
+
+    Row: {"layer": int, "scores": {name: float}, "probe": {name: float} | None, "chosen": bool}. Among the
+    probe's names "forget_rise" is in nats per token, other "…_rise" are fractions.
+    """
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    rows = sorted(rows, key=lambda r: r["layer"])
+    panels: dict[tuple[str, str], list[float]] = {}
+    for kind in ("scores", "probe"):
+        for name in dict.fromkeys(n for r in rows for n, v in (r.get(kind) or {}).items() if _is_number(v)):
+            found = [(r.get(kind) or {}).get(name, math.nan) for r in rows]
+            panels[kind, name] = [float(v) if _is_number(v) else math.nan for v in found]
+    columns = min(3, max(1, len(panels)))
+    lines = max(1, math.ceil(len(panels) / columns))
+    fig = _figure(2.7 * columns + 0.4, 2.2 * lines + 0.5)
+    every = math.ceil(len(rows) / 12)  # more labels would collide
+    for at, ((kind, name), values) in enumerate(panels.items()):
+        ax = fig.add_subplot(lines, columns, at + 1)
+        for i, (r, v) in enumerate(zip(rows, values)):
+            if math.isnan(v):
+                ax.plot([i], [0], "x", color=GREY, markersize=4, clip_on=False)
+            else:
+                colour, hatch = (ORANGE, "//") if r["chosen"] else (SKY, None)
+                ax.bar(i, v, color=colour, hatch=hatch, edgecolor="white")
+        ax.set_xticks(range(0, len(rows), every), [str(r["layer"]) for r in rows[::every]])
+        ax.set_xlim(-0.6, len(rows) - 0.4)
+        ax.margins(y=0.12)
+        ax.axhline(0, color=GREY, linewidth=0.8)
+        ax.set_title(("probe: " if kind == "probe" else "") + name.replace("_", " "))
+        ax.set(xlabel="layer", ylabel=_probe_unit(name) if kind == "probe" else "score")
+    if not panels:
+        _say(fig, "no layer was scored")
+        return _finish(fig)
+    handles: list[Any] = [Patch(facecolor=ORANGE, hatch="//", edgecolor="white", label="chosen layer")]
+    if any(math.isnan(v) for values in panels.values() for v in values):
+        handles.append(Line2D([], [], color=GREY, marker="x", linestyle="none", label="not measured"))
+    fig.legend(handles=handles, loc="outside upper right", ncols=2)
+    return _finish(fig)
+
+
+def feature_scores(
+    forget_scores: Sequence[float],
+    retain_scores: Sequence[float],
+    relevant: Sequence[int],
+    irrelevant: Sequence[int],
+) -> Figure:
+    """Mean squared activation of every feature on forget against retain text, both axes logarithmic.
+
+    Scores are indexed by feature; features that never fire on one side are drawn at that axis's edge.
+    """
+    import numpy as np
+
+    x, y = np.asarray(retain_scores, float), np.asarray(forget_scores, float)
+    fig = _figure(5.6, 4.6)
+    ax = fig.add_subplot()
+    positive = np.concatenate([x[x > 0], y[y > 0]])
+    if not len(positive):
+        _say(fig, "no feature fires")
+        return _finish(fig)
+    floor, top = float(positive.min()) / 3, float(positive.max()) * 3
+    x, y = np.maximum(x, floor), np.maximum(y, floor)
+    role = np.zeros(len(x), dtype=int)
+    role[list(irrelevant)], role[list(relevant)] = 1, 2
+    live = (x > floor) | (y > floor)
+    styles = (
+        ("other live", GREY, ".", 12, 0.5),
+        ("irrelevant", BLUE, "v", 26, 0.9),
+        ("relevant", FORGET, "o", 34, 0.95),
+    )
+    for i, (name, colour, marker, size, alpha) in enumerate(styles):
+        pick = (role == i) & live
+        label = f"{name} ({pick.sum():,})"
+        ax.scatter(x[pick], y[pick], s=size, c=colour, marker=marker, alpha=alpha, linewidths=0, label=label)
+    ax.plot([floor, top], [floor, top], color=BLACK, linewidth=0.8, linestyle="--", label="equal")
+    ax.set(xscale="log", yscale="log", xlim=(floor / 1.5, top), ylim=(floor / 1.5, top))
+    ax.set_xlabel("retain score: mean squared activation")
+    ax.set_ylabel("forget score: mean squared activation")
+    ax.set_title("Features: forget against retain activity")
+    ax.legend(loc="upper left", framealpha=0.9)
+    return _finish(fig)
+
+
+def training_curves(losses: Sequence[Mapping[str, float]]) -> Figure:
+    """Losses by step, and where recorded the shares of the change in the stream and the retain loss.
+
+    Item: {"step", "loss", "forget", "retain"} and optionally "p_rel_dh", "p_irr_dh" (shares of ‖Δh‖) and
+    "retain_rise" (fraction by which the loss on retain text rose). Keys may be missing at some steps.
+    """
+    panels: dict[tuple[str, str], list[tuple[str, str, str, str]]] = {
+        ("Losses", "loss"): [
+            ("loss", "total", BLACK, "-"),
+            ("forget", "forget", FORGET, "--"),
+            ("retain", "retain", RETAIN, "-."),
+        ],
+        ("Change of the stream Δh", "share of ‖Δh‖"): [
+            ("p_rel_dh", "in relevant subspace", FORGET, "-"),
+            ("p_irr_dh", "in irrelevant subspace", BLUE, "--"),
+        ],
+        ("Cost on retain text", "rise of the loss (%)"): [("retain_rise", "retain", RETAIN, "-")],
+    }
+    shown = {
+        k: lines
+        for k, lines in panels.items()
+        if any(_is_number(s.get(key)) for s in losses for key, *_ in lines)
+    }
+    fig = _figure(3.5 * max(1, len(shown)) + 0.4, 3.1)
+    for at, ((title, unit), lines) in enumerate(shown.items()):
+        ax = fig.add_subplot(1, len(shown), at + 1)
+        everything: list[float] = []
+        for key, label, colour, style in lines:
+            scale = 100 if key == "retain_rise" else 1
+            points = [(s["step"], s[key] * scale) for s in losses if _is_number(s.get(key))]
+            if points:
+                steps, values = zip(*points)
+                marker = "o" if len(points) < 20 else None
+                ax.plot(steps, values, style, color=colour, label=label, marker=marker, markersize=3.5)
+                everything += values
+        if title == "Losses" and 0 < min(everything) < max(everything) / 50:
+            ax.set_yscale("log")
+            unit = "loss (log scale)"
+        elif min(everything) >= 0:
+            ax.set_ylim(bottom=0)
+        ax.set(title=title, xlabel="step", ylabel=unit)
+        if len(lines) > 1:
+            ax.legend()
+    if not shown:
+        _say(fig, "no losses were recorded")
+    return _finish(fig)
+
+
+def before_after(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Before and after by group, with 95 % intervals and the chance line: one panel per metric.
+
+    Rows as `saeunlearn.evaluation.evaluate.compare` returns them ("chance" and the interval ends may be
+    missing or None).
+    """
+    metrics = list(dict.fromkeys(r["metric"] for r in rows))
+    counts = [sum(r["metric"] == m for r in rows) for m in metrics]
+    if not rows:
+        fig = _figure(6.4, 2)
+        _say(fig, "nothing was compared")
+        return _finish(fig)
+    fig = _figure(6.6, 0.34 * sum(counts) + 1.05 * len(metrics) + 0.4)
+    grid = fig.add_gridspec(len(metrics), 1, height_ratios=[c + 0.6 for c in counts])
+    for at, metric in enumerate(metrics):
+        ax = fig.add_subplot(grid[at])
+        part = [r for r in rows if r["metric"] == metric]
+        for i, r in enumerate(part):
+            ax.plot([r["before"], r["after"]], [i - 0.13, i + 0.13], color=GREY, linewidth=1, zorder=1)
+            for when, colour, marker, shift in (("before", GREY, "o", -0.13), ("after", None, "D", 0.13)):
+                fill = colour or (FORGET if str(r["group"]).split("/")[0] == "forget" else RETAIN)
+                low, high = r.get(f"{when}_low"), r.get(f"{when}_high")
+                if low is not None and high is not None:
+                    ax.plot([low, high], [i + shift] * 2, color=fill, linewidth=1.6, zorder=2)
+                ax.plot([r[when]], [i + shift], marker, color=fill, markersize=6, zorder=3)
+        ax.set_yticks(range(len(part)), [f"{r['group']}  (n = {r['n']:,})" for r in part])
+        ax.set_ylim(len(part) - 0.5, -0.5)
+        chances = sorted({round(r["chance"], 4) for r in part if r.get("chance") is not None})
+        for c in chances:
+            ax.axvline(c, color=BLACK, linewidth=0.9, linestyle=":", zorder=0)
+        if metric == "nll":
+            ax.set_xlabel("negative log-likelihood (nats per token; lower: better predicted)")
+        else:
+            ax.set_xlim(-0.03, 1.03)
+            ax.set_xlabel(
+                "share correct" + (f"  (dotted: chance {chances[0]:.2f})" if len(chances) == 1 else "")
+            )
+        ax.set_title(
+            {"nll": "Text", "multiple_choice": "Multiple choice", "cloze": "Cloze"}.get(metric, metric)
+        )
+        ax.grid(axis="x", color="#E5E5E5", linewidth=0.7)
+        ax.set_axisbelow(True)
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D([], [], color=c, marker=m, linestyle="none", label=n)
+        for c, m, n in (
+            (GREY, "o", "before"),
+            (FORGET, "D", "after, forget"),
+            (RETAIN, "D", "after, everything else"),
+        )
+    ]
+    fig.legend(handles=handles, loc="outside upper center", ncols=3)
+    return _finish(fig)
+
+
+def frontier(points: Sequence[Mapping[str, Any]]) -> Figure:
+    """Forgetting against retention, one marker and line style per series, joined in order of retention.
+
+    Point: {"label", "x": retention, "y": score on the forget set, "series"} and optionally "x_err", "y_err":
+    half-widths, or pairs (below, above). Better is right and down.
+    """
+    fig = _figure(6.2, 4.4)
+    ax = fig.add_subplot()
+    for i, series in enumerate(dict.fromkeys(p["series"] for p in points)):
+        part = sorted((p for p in points if p["series"] == series), key=lambda p: p["x"])
+        ax.errorbar(
+            [p["x"] for p in part],
+            [p["y"] for p in part],
+            xerr=[[_half(p.get("x_err"), side) for p in part] for side in (0, 1)],
+            yerr=[[_half(p.get("y_err"), side) for p in part] for side in (0, 1)],
+            label=series,
+            color=_SERIES[i % 8],
+            marker=_MARKERS[i % 8],
+            linestyle=_LINES[i % 4],
+            linewidth=1.3,
+            elinewidth=0.9,
+        )
+    ax.margins(0.1)
+    ax.set(xlabel="retention (score on retain questions; right is better)")
+    ax.set(ylabel="forget score (down is better)", title="Forgetting against retention")
+    ax.grid(color="#E5E5E5", linewidth=0.7)
+    ax.set_axisbelow(True)
+    if points:
+        fig.legend(loc="outside right upper")
+    _finish(fig)
+    _label(fig, points)
+    return fig
+
+
+def png_data_uri(fig: Figure) -> str:
+    """The figure as a `data:image/png;base64,…` URI, for pages without external files."""
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format="png", dpi=160)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def save(fig: Figure, path: str | Path) -> None:
+    """Write the figure; the suffix chooses the format (.png, .svg, .pdf). Folders are made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=160)
+
+
+# --- shared ------------------------------------------------------------------------------------------------
+
+
+def _figure(width: float, height: float) -> Figure:
+    """An empty figure, size in inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    FigureCanvasAgg(fig)
+    return fig
+
+
+def _finish(fig: Figure) -> Figure:
+    """The toolkit's look, set on this figure alone: a user's rcParams stay theirs."""
+    for ax in fig.axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.title.set_fontsize(10)
+        ax.tick_params(labelsize=8)
+        for label in (ax.xaxis.label, ax.yaxis.label):
+            label.set_fontsize(9)
+    for legend in [*fig.legends, *(ax.get_legend() for ax in fig.axes)]:
+        for text in legend.get_texts() if legend else ():
+            text.set_fontsize(8)
+    return fig
+
+
+def _say(fig: Figure, message: str) -> None:
+    """Fill a figure that has no data."""
+    for ax in list(fig.axes):
+        ax.remove()
+    fig.text(0.5, 0.5, message, ha="center", va="center", color=GREY)
+
+
+def _label(fig: Figure, points: Sequence[Mapping[str, Any]]) -> None:
+    """Write the labels of a frontier's points, each at the free place nearest to its point."""
+    from matplotlib.transforms import Bbox
+
+    ax = fig.axes[0]
+    fig.draw_without_rendering()  # the layout, and so the places in pixels, is known only after a drawing
+    fig.set_layout_engine("none")
+    unit = fig.dpi / 72
+
+    def box(p: Mapping[str, Any], dx: float, dy: float) -> Any:
+        """Pixels covered by a point: its marker, and dx, dy pixels around its error bars."""
+        ends = [
+            (p["x"] - _half(p.get("x_err"), 0), p["y"] - _half(p.get("y_err"), 0)),
+            (p["x"] + _half(p.get("x_err"), 1), p["y"] + _half(p.get("y_err"), 1)),
+        ]
+        (x0, y0), (x1, y1) = ax.transData.transform(ends)
+        x, y = ax.transData.transform((p["x"], p["y"]))
+        return [Bbox([[x0, y - dy], [x1, y + dy]]), Bbox([[x - dx, y0], [x + dx, y1]])]
+
+    taken = [b for p in points for b in box(p, 4 * unit, 4 * unit)]
+    sides = [(1, 1), (1, -1), (-1, 1), (-1, -1)]
+    offsets = [(sx * 5 * far, sy * 5 * far) for far in (1, 2, 3, 4, 6) for sx, sy in sides]
+    for p in points:
+        if not p.get("label"):
+            continue
+        tries = []
+        for dx, dy in offsets:
+            text = ax.annotate(
+                p["label"],
+                (p["x"], p["y"]),
+                xytext=(dx, dy),
+                textcoords="offset points",
+                ha="left" if dx > 0 else "right",
+                va="bottom" if dy > 0 else "top",
+                fontsize=7.5,
+            )
+            where = text.get_window_extent()
+            inside = ax.bbox.containsx(where.x0) and ax.bbox.containsx(where.x1)
+            tries.append((where.count_overlaps(taken) + (not inside), text, where))
+        best = min(tries, key=lambda t: t[0])
+        for t in tries:
+            if t is not best:
+                t[1].remove()
+        taken.append(best[2])
+
+
+def _probe_unit(name: str) -> str:
+    if name == "forget_rise":
+        return "rise (nats per token)"
+    return "rise (fraction)" if name.endswith("_rise") else "value"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _half(error: Any, side: int) -> float:
+    if error is None:
+        return 0.0
+    return float(error[side]) if isinstance(error, Sequence) else float(error)

@@ -1,0 +1,252 @@
+"""SSPU: SAE-guided subspace projection unlearning (Wang et al., EMNLP 2025, arXiv 2505.24428).
+
+The paper's three stages are known, its formulas are reconstructed (METHODS §1): forget activations at layer l are
+driven towards a control vector in the irrelevant subspace, retain activations are kept, and the weight update is
+confined to the relevant subspace: softly by a penalty (`form="soft"`), or exactly, W = W₀ + U_rel B (`form="hard"`,
+ours). With `gated` (ours) the forget loss acts only where the relevant features fire, and the other positions of
+the forget texts are held like retain text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..corpus import Batch, Corpus, Window, collate, endless, refuse_overlap, windows
+from ..erasure import Erasure
+from ..errors import ConfigError, NonFiniteError
+from ..features.selection import Selection, check_selection
+from ..features.subspace import orthonormal_basis, subspaces
+from ..models import LanguageModel, Writer
+from ..progress import Progress
+from .budget import Budget
+from .deltas import Delta, attached, new_deltas
+
+
+@dataclass(frozen=True)
+class SSPUConfig:
+    """Settings of SSPU. Losses are relative to the mean squared norm of retain activations, so they carry over
+    between models."""
+
+    form: Literal["hard", "soft"] = "hard"  # ΔW = U_rel B exactly, or a penalty on what lies outside
+    gated: bool = True  # forget loss only where relevant features fire (paper: everywhere)
+    basis: Literal["relevant", "random_rows", "random_basis"] = "relevant"  # the last two are controls
+    blocks: int = 3  # trained blocks l−blocks+1 … l (RMU and the paper: 3)
+    attention: bool = False  # train attention output matrices too (paper: MLP only)
+    gamma: float = 2.0  # ‖c‖ / mean retain norm
+    alpha: float = 10.0  # weight of keeping retain activations
+    lam: float = 0.1  # soft form: weight of ‖(I − P_rel)ΔW‖² relative to ‖W₀‖²
+    lr: float = 0.1  # AdamW step relative to the root mean square of each trained matrix
+    steps: int = 250
+    batch: int = 16  # forget windows and retain windows a step
+    max_length: int = 256  # tokens in a training window
+    max_retain_rise: float = (
+        0.02  # relative rise of the retain loss that ends the run; checked on held-out records
+    )
+    check_every: int = 10  # steps between checks of the budget
+
+
+class SSPU:
+    """The method object; see the module's docstring."""
+
+    name = "sspu"
+    Config = SSPUConfig
+    needs = frozenset({"saes", "selection"})
+
+    def unlearn(
+        self, model: LanguageModel, forget: Corpus, retain: Corpus, *, config: SSPUConfig,
+        selection: Selection | None, saes: Mapping[int, Any], seed: int, progress: Progress,
+    ) -> Erasure:  # fmt: skip
+        """Train the update and return it; the model is unchanged. Loss positions: every non-BOS token.
+
+        Raises ConfigError for bad settings, OverlapError, SelectionError for a foreign selection,
+        NonFiniteError when a loss is not finite, Cancelled.
+        """
+        if selection is None:
+            raise ConfigError("sspu needs a selection (saeunlearn select)")
+        refuse_overlap(forget, retain)
+        run = prepare(model, forget, retain, config, selection, saes, seed)
+        losses = fit(run, progress)
+        extra = {"budget": run.budget.settle(run.deltas), "subspace": subspace_report(run)}
+        return Erasure.create(
+            model, [d.part() for d in run.deltas], method=self.name, config=asdict(config), seed=seed,
+            forget_fingerprint=forget.fingerprint(), retain_fingerprint=retain.fingerprint(),
+            selection=selection.to_dict(), losses=losses, extra=extra,
+        )  # fmt: skip
+
+
+@dataclass
+class SSPURun:
+    """Everything that the steps of one run share."""
+
+    model: LanguageModel
+    config: SSPUConfig
+    selection: Selection
+    sae: Any
+    forget: list[Window]
+    retain: list[Window]
+    deltas: list[Delta]
+    u_rel: Tensor  # [d, r] float32: the span that ΔW is confined to
+    u_irr: Tensor  # [d, q]
+    target: Tensor  # control vector c [d]
+    budget: Budget
+    seed: int
+
+
+def prepare(model: LanguageModel, forget: Corpus, retain: Corpus, config: SSPUConfig, selection: Selection,
+            saes: Mapping[int, Any], seed: int) -> SSPURun:  # fmt: skip
+    """Check everything and set the run up; nothing long happens here."""
+    if config.steps < 1 or config.gamma <= 0 or config.alpha < 0 or config.lr <= 0 or config.blocks < 1:
+        raise ConfigError("steps, gamma, lr and blocks must be positive and alpha not negative")
+    w_dec = check_selection(selection, model, saes)
+    layer, device = selection.layer, model.device
+    rows = control_rows(w_dec, selection, config.basis, seed)
+    u_rel, u_irr = subspaces(rows, list(range(selection.k)), list(range(selection.k, len(rows))))
+    generator = torch.Generator().manual_seed(seed)
+    r = torch.randn(model.d_model, generator=generator, dtype=torch.float64)
+    u = u_irr @ (u_irr.T @ r)
+    target = config.gamma * selection.retain_norm * u / u.norm()
+    blocks = list(range(max(0, layer - config.blocks + 1), layer + 1))
+    writers = model.writers(blocks, ("mlp", "attn") if config.attention else ("mlp",))
+    bases = [writer_basis(w, u_rel) if config.form == "hard" else None for w in writers]
+    train_part, held = retain.split(0.2, seed)
+    f_items = windows(forget, model, config.max_length)
+    return SSPURun(
+        model=model, config=config, selection=selection, sae=saes[layer], forget=f_items,
+        retain=windows(train_part, model, config.max_length), deltas=new_deltas(writers, bases),
+        u_rel=u_rel.float().to(device), u_irr=u_irr.float().to(device), target=target.float().to(device),
+        budget=Budget.measure(model, windows(held, model, config.max_length), config.max_retain_rise, seed), seed=seed,
+    )  # fmt: skip
+
+
+def control_rows(w_dec: Tensor, selection: Selection, basis: str, seed: int) -> Tensor:
+    """[K + irrelevant, d]: the decoder rows of the selection, or the same number of random ones (the controls)."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    n = len(selection.relevant) + len(selection.irrelevant)
+    if basis == "relevant":
+        return w_dec[selection.relevant + selection.irrelevant]
+    if basis == "random_rows":
+        return w_dec[torch.randperm(w_dec.shape[0], generator=generator)[:n].to(w_dec.device)]
+    if basis == "random_basis":
+        return torch.randn(n, w_dec.shape[1], generator=generator)
+    raise ConfigError(f"unknown basis {basis!r}; use relevant, random_rows or random_basis")
+
+
+def writer_basis(writer: Writer, u_rel: Tensor) -> Tensor:
+    """Basis [d_out, r] in which ΔW of this matrix may move so that what reaches the stream stays in U_rel.
+
+    Behind a post-norm with gain g the stream sees g ⊙ (ΔW x), up to the norm's own scaling: the basis is that of
+    diag(1/g) U_rel. Where g is zero nothing passes, and nothing is asked for.
+    """
+    if writer.post_scale is None:
+        return u_rel
+    g = writer.post_scale.double().cpu()
+    inverse = torch.where(g.abs() > 1e-6, 1 / g, torch.zeros_like(g))
+    return orthonormal_basis((inverse[:, None] * u_rel).T)
+
+
+def fit(run: SSPURun, progress: Progress) -> list[dict[str, float]]:
+    """The optimisation (METHODS §1f–h); stops early when the retention budget is spent."""
+    cfg, model, layer = run.config, run.model, run.selection.layer
+    rms = [float(d.writer.weight.detach().float().pow(2).mean().sqrt()) for d in run.deltas]
+    groups = [{"params": [d.free], "lr": cfg.lr * s} for d, s in zip(run.deltas, rms)]
+    optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
+    w0 = sum(float(d.writer.weight.detach().float().pow(2).sum()) for d in run.deltas)
+    f_batches = endless(run.forget, model.pad_id, cfg.batch, run.seed)
+    r_batches = endless(run.retain, model.pad_id, cfg.batch, run.seed + 1)
+    unit = run.selection.retain_norm**2
+    history: list[dict[str, float]] = []
+    progress.start(f"SSPU ({cfg.form}) at layer {layer}", cfg.steps)
+    for step in range(cfg.steps):
+        f, r = next(f_batches).to(model.device), next(r_batches).to(model.device)
+        both = stacked(f, r, model.pad_id)
+        with torch.no_grad():
+            before = model.capture(both.ids, [layer], both.attention_mask)[layer].float()
+        with attached(run.deltas):
+            after = model.capture(both.ids, [layer], both.attention_mask)[layer].float()
+        is_forget = torch.zeros_like(both.mask)
+        is_forget[: len(f.ids)] = True
+        push = both.mask & is_forget
+        if cfg.gated:
+            push &= run.selection.gate.open(run.sae, before)
+        hold = both.mask & ~push
+        zero = after.sum() * 0.0
+        forget_loss = (after[push] - run.target).pow(2).sum(-1).mean() / unit if push.any() else zero
+        retain_loss = (after[hold] - before[hold]).pow(2).sum(-1).mean() / unit if hold.any() else zero
+        loss = forget_loss + cfg.alpha * retain_loss
+        if cfg.form == "soft":
+            outside = sum((outside_part(d, run.u_rel).pow(2).sum() for d in run.deltas), start=zero)
+            loss = loss + cfg.lam * outside / w0
+        if not math.isfinite(loss.item()):
+            raise NonFiniteError(f"the SSPU loss is {loss.item()} at step {step}; lower lr or gamma")
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+        row = {"step": step, "loss": loss.item(), "forget": forget_loss.item(), "retain": retain_loss.item()}
+        row |= stream_report(run, (after - before).detach()[push])
+        if (step + 1) % cfg.check_every == 0 or step + 1 == cfg.steps:
+            row["retain_rise"] = run.budget.check(run.deltas)
+        history.append(row)
+        progress.step(
+            loss=row["loss"], **({"retain_rise": row["retain_rise"]} if "retain_rise" in row else {})
+        )
+        if run.budget.spent:
+            break
+    progress.finish(forget=history[-1]["forget"], retain_rise=history[-1]["retain_rise"])
+    return history
+
+
+def stacked(f: Batch, r: Batch, pad_id: int) -> Batch:
+    """Two batches as one, padded to a common width."""
+    items = [
+        Window(tuple(row[: int(n)].tolist()), 1, 0)
+        for b in (f, r)
+        for row, n in zip(b.ids.cpu(), b.attention_mask.sum(-1).cpu())
+    ]
+    return collate(items, pad_id).to(f.ids.device)
+
+
+def outside_part(delta: Delta, u_rel: Tensor) -> Tensor:
+    """(I − P_rel) g ⊙ ΔW: what the update writes outside the relevant subspace [d, d_in]; g is the post-norm gain."""
+    write = delta.matrix()
+    if delta.writer.post_scale is not None:
+        write = delta.writer.post_scale[:, None] * write
+    return write - u_rel @ (u_rel.T @ write)
+
+
+def stream_report(run: SSPURun, dh: Tensor) -> dict[str, float]:
+    """Mean ‖P_rel Δh‖, ‖P_irr Δh‖ (relative to the retain norm) and ‖(I − P_rel)Δh‖/‖Δh‖ where the loss pushed."""
+    if not len(dh):
+        return {}
+    rel, irr = dh @ run.u_rel, dh @ run.u_irr
+    total = dh.pow(2).sum()
+    outside = (total - rel.pow(2).sum()).clamp_min(0)
+    return {
+        "p_rel_dh": float(rel.norm(dim=-1).mean()) / run.selection.retain_norm,
+        "p_irr_dh": float(irr.norm(dim=-1).mean()) / run.selection.retain_norm,
+        "outside_dh": float((outside / total.clamp_min(1e-30)).sqrt()),
+        "outside_dw": outside_share(run),
+    }
+
+
+@torch.no_grad()
+def outside_share(run: SSPURun) -> float:
+    """‖(I − P_rel)ΔW‖ / ‖ΔW‖ over all trained matrices (what they write)."""
+    out = sum(float(outside_part(d, run.u_rel).double().pow(2).sum()) for d in run.deltas)
+    scales = [1.0 if d.writer.post_scale is None else d.writer.post_scale[:, None] for d in run.deltas]
+    total = sum(float((s * d.matrix()).double().pow(2).sum()) for d, s in zip(run.deltas, scales))
+    return math.sqrt(out / total) if total > 0 else 0.0
+
+
+def subspace_report(run: SSPURun) -> dict[str, Any]:
+    """What the manifest says about the subspaces."""
+    d = run.model.d_model
+    return {
+        "k_over_d": run.selection.k / d, "rank_relevant": run.u_rel.shape[1], "rank_irrelevant": run.u_irr.shape[1],
+        "outside_dw": outside_share(run), "blocks": [x.writer.block for x in run.deltas],
+    }  # fmt: skip

@@ -1,0 +1,1 @@
+"""The embedded default: a seeded fictional world and the small model that learns it."""

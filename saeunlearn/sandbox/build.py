@@ -1,0 +1,176 @@
+"""Build a sandbox once: the world's files, a tokenizer trained on it, and a small Llama that has learned it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..corpus import Corpus, Record, windows
+from ..errors import ModelError
+from ..evaluation.metrics import multiple_choice
+from ..models import LanguageModel
+from ..progress import Progress
+from ..training import TrainConfig, packed, train
+from .world import World, WorldConfig, make_world
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class SandboxConfig:
+    """What a sandbox is built from; everything that changes its content is in here."""
+
+    world: WorldConfig = field(default_factory=WorldConfig)
+    blocks: int = 4
+    d_model: int = 128
+    heads: int = 4
+    d_mlp: int = 384
+    vocabulary: int = 1024
+    length: int = 128  # tokens in a packed training row
+    batch: int = 32  # rows in a step
+    training: TrainConfig = field(default_factory=lambda: TrainConfig(steps=400))
+
+
+@dataclass(frozen=True)
+class Sandbox:
+    """Paths of a built sandbox: an ordinary Hugging Face folder and ordinary JSONL files."""
+
+    root: Path
+
+    @property
+    def model(self) -> Path:
+        return self.root / "model"
+
+    @property
+    def forget(self) -> Path:
+        return self.root / "forget.jsonl"
+
+    @property
+    def retain(self) -> Path:
+        return self.root / "retain.jsonl"
+
+    @property
+    def questions(self) -> Path:
+        return self.root / "questions.jsonl"
+
+    def describe(self) -> dict[str, Any]:
+        return json.loads((self.root / "world.json").read_text())
+
+
+def cache_dir() -> Path:
+    """Where built things live: $SAEUNLEARN_HOME, else the user cache directory."""
+    import platformdirs
+
+    return Path(os.environ.get("SAEUNLEARN_HOME") or platformdirs.user_cache_dir("saeunlearn"))
+
+
+def build(config: SandboxConfig, progress: Progress, root: Path | None = None) -> Sandbox:
+    """The sandbox of `config`, built if it is not in the cache yet.
+
+    Raises ModelError when the model did not learn its world: held-out phrasings below .98 multiple choice.
+    """
+    import hashlib
+
+    key = hashlib.sha256(json.dumps([SCHEMA, asdict(config)], sort_keys=True).encode()).hexdigest()[:10]
+    root = root or cache_dir() / "sandbox" / f"seed{config.world.seed}-{key}"
+    if (root / "world.json").exists():
+        return Sandbox(root)
+    root.parent.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    work = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
+    try:
+        world = make_world(config.world)
+        write_jsonl(work / "train.jsonl", (Record(text=t) for t in world.train))
+        write_jsonl(work / "forget.jsonl", world.forget)
+        write_jsonl(work / "retain.jsonl", world.retain)
+        write_jsonl(work / "questions.jsonl", world.questions)
+        model, losses = learn(config, world, progress)
+        accuracy = {}
+        for phrasing in ("seen", "held_out"):
+            group = Corpus(tuple(q for q in world.questions if q.meta["phrasing"] == phrasing), phrasing)
+            accuracy[phrasing] = multiple_choice(model, group).mean
+        if accuracy["held_out"] < 0.98:
+            raise ModelError(
+                f"the sandbox model reached only {accuracy['held_out']:.3f} multiple choice on held-out phrasings "
+                f"of world {config.world.seed} (needed: .98); use another --seed"
+            )
+        model.save(work / "model")
+        info = {
+            "schema": SCHEMA, "config": asdict(config), "world": world.describe(), "multiple_choice": accuracy,
+            "final_loss": losses[-1], "seconds": round(time.monotonic() - started, 1),
+            "threads": torch.get_num_threads(), "torch": torch.__version__,
+        }  # fmt: skip
+        (work / "world.json").write_text(json.dumps(info, indent=1))
+        if root.exists():  # another process was faster, or an unfinished folder lies there
+            shutil.rmtree(root)
+        work.rename(root)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return Sandbox(root)
+
+
+def learn(config: SandboxConfig, world: World, progress: Progress) -> tuple[LanguageModel, list[float]]:
+    """A tokenizer trained on the world's sentences and a Llama trained from scratch on them; (model, losses)."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = train_tokenizer(world.train, config.vocabulary)
+    torch.manual_seed(config.world.seed)
+    net = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=config.d_model, intermediate_size=config.d_mlp,
+            num_hidden_layers=config.blocks, num_attention_heads=config.heads, max_position_embeddings=256,
+            tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )  # fmt: skip
+    model = LanguageModel(net, tokenizer, name=f"sandbox-seed{config.world.seed}")
+    corpus = Corpus.of(world.train, "train")
+    eos = tokenizer.eos_token_id
+    sequences = [[*w.ids, eos] for w in windows(corpus, model)]
+    rows = packed(sequences, config.length, config.batch, config.world.seed)
+    return model, train(model, rows, config.training, progress, "sandbox: training the model")
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
+    """A byte-level BPE tokenizer with <s> prepended, trained on `texts`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=special, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    core.train_from_iterator(texts, trainer)
+    core.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", core.token_to_id("<s>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def write_jsonl(path: Path, records: Iterable[Record]) -> None:
+    """One record a line, with its meta fields."""
+    with path.open("w", encoding="utf-8") as f:
+        for r in records:
+            row: dict[str, Any] = {"text": r.text} if r.text else {"question": r.question, "answer": r.answer}
+            if r.choices:
+                row["choices"] = list(r.choices)
+            f.write(json.dumps({**row, **r.meta}, ensure_ascii=False) + "\n")

@@ -1,0 +1,226 @@
+"""The report: holds what the JSON says, no text unless asked, nothing from outside, and never crashes."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from saeunlearn import figures
+from saeunlearn.errors import RunError
+from saeunlearn.evaluation.evaluate import combine
+from saeunlearn.evaluation.report import write_report
+
+SECRET = "Zanzibarian"
+
+
+def metric(values: list[int], label: str) -> dict[str, Any]:
+    mean = sum(values) / len(values)
+    return {
+        "n": len(values),
+        "mean": mean,
+        "low": max(0.0, mean - 0.1),
+        "high": min(1.0, mean + 0.1),
+        "chance": 0.25,
+        "subgroups": [{"label": label, "n": 4, "mean": mean}],
+        "ids": [f"{i:016x}" for i in range(len(values))],
+        "values": values,
+    }
+
+
+def result(forget: list[int], near: list[int], said: str) -> dict[str, Any]:
+    text = {"n": 2, "fingerprint": "d" * 64, "per_token": 1.5, "low": 1.4, "high": 1.6}
+    text |= {"worst": [{"id": "b" * 16, "value": 2.0}], "ids": ["a" * 16, "b" * 16]}
+    return {
+        "schema": 1,
+        "questions": {"n": 16, "fingerprint": "c" * 64},
+        "groups": {
+            "forget/seen": {"multiple_choice": metric(forget, f"{SECRET} × capital")},
+            "near/seen": {"multiple_choice": metric(near, "towns × mayor")},
+        },
+        "texts": {"retain": {**text, "values": [1.0, 2.0], "tokens": [3, 3]}},
+        "samples": [{"prompt": f"The {SECRET} capital is", "text": said}],
+    }
+
+
+def fill(run_dir: Path) -> None:
+    """A complete run directory whose every text holds SECRET."""
+    before = result([1] * 7 + [0], [1] * 8, f"<b>{SECRET}</b> City")
+    after = result([0] * 6 + [1, 1], [1] * 7 + [0], "a town & more")
+    layers = [
+        {"layer": i, "scores": {"auc": 0.6 + i / 10}, "probe": None, "chosen": i == 1} for i in range(3)
+    ]
+    files: dict[str, Any] = {
+        "run.json": {
+            "status": "done",
+            "command": ["saeunlearn", "run", "--forget", "forget.jsonl", "--prompt", f"The {SECRET} capital"],
+            "config": {"prompts": [SECRET], "note": f"about {SECRET}", "where": "/data/my files/a.jsonl"},
+            "model": {"name": "tiny", "fingerprint": "e" * 64},
+            "data": {"forget": {"n": 48, "fingerprint": "f" * 64}},
+            "seconds": 12.0,
+        },
+        "selection.json": {
+            "schema": 1,
+            "layer": 1,
+            "relevant": [0, 2],
+            "irrelevant": [1],
+            "K": 2,
+            "d_model": 32,
+            "layers": layers,
+            "forget_scores": [3.0, 0.1, 2.0],
+            "retain_scores": [0.1, 0.2, 0.1],
+        },
+        "erasure/erasure.json": {
+            "method": "sspu",
+            "config": {"gamma": 2.5, "blocks": [0, 1]},
+            "seed": 7,
+            "model": "tiny",
+            "parent_fingerprint": "e" * 64,
+            "forget_fingerprint": "f" * 64,
+            "retain_fingerprint": "a" * 64,
+            "losses": [{"step": i, "loss": 2.0 - i / 4, "forget": 1.0, "retain": 0.1} for i in range(4)],
+            "changed": {
+                "parameters": [{"name": f"model.layers.{i}.mlp.down_proj.weight"} for i in (0, 1)],
+                "count": 4096,
+                "share": 0.125,
+            },
+            "versions": {"torch": "2.13.0"},
+            "created": "2026-01-02T03:04:05Z",
+            "extra": {"subspace": {"off_share_dW": 0.0123}},
+        },
+        "evaluation.json": combine(before, after),
+    }
+    for name, content in files.items():
+        (run_dir / name).parent.mkdir(parents=True, exist_ok=True)
+        (run_dir / name).write_text(json.dumps(content))
+
+
+def visible(page: str) -> str:
+    """The page's text without tags, styles and entities, white space collapsed."""
+    parts: list[str] = []
+
+    class Reader(HTMLParser):
+        skip = False
+
+        def handle_starttag(self, tag: str, attrs: Any) -> None:
+            self.skip = tag == "style"
+
+        def handle_endtag(self, tag: str) -> None:
+            self.skip = False
+
+        def handle_data(self, data: str) -> None:
+            if not self.skip:
+                parts.append(data)
+
+    Reader().feed(page)
+    return re.sub(r"\s+", " ", " ".join(parts))
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    fill(tmp_path)
+    return tmp_path
+
+
+def test_the_report_says_what_was_done_and_found(run_dir: Path) -> None:
+    page = write_report(run_dir, include_text=False)
+    assert page == run_dir / "report.html"
+    text = visible(page.read_text())
+    for said in (
+        "forget 48 " + "f" * 64,
+        "questions 16 " + "c" * 64,
+        "method sspu",
+        "K / d 2 / 32 = 0.062",
+        "seed 7",
+        "12.500% (4,096)",
+        "model.layers.{0,1}.mlp.down_proj.weight",
+        "subspace.off_share_dW 0.0123",
+        "gamma 2.5",
+        "blocks 0, 1",
+        "87.5% → 25.0%",  # the forget card
+        "not told apart from chance (25%)",
+        "100.0% → 87.5%",  # the retain card
+        "-62.5",
+        "towns × mayor: 87.5% (n = 4)",
+        "bbbbbbbbbbbbbbbb 2 2",  # worst retain text: NLL before and after
+        "No attack was run",
+        "as sensitive as the original model",
+        "handle.revert()",
+        "torch 2.13.0",
+    ):
+        assert said in text, said
+    assert {p.name for p in (run_dir / "figures").iterdir()} == {
+        f"{n}.png" for n in ("layers", "features", "before_after", "training")
+    }
+
+
+def test_no_text_unless_asked(run_dir: Path) -> None:
+    page = write_report(run_dir, include_text=False).read_text()
+    assert SECRET not in page
+    assert "--include-text" in page
+    assert "1 sample" in page
+    assert "/data/my files/a.jsonl" in page  # a path is not a text
+    asked = write_report(run_dir, include_text=True).read_text()
+    assert f"&lt;b&gt;{SECRET}&lt;/b&gt; City" in asked  # quoted, and escaped
+    assert f"<b>{SECRET}" not in asked
+    assert f"{SECRET} × capital: 25.0%" in visible(asked)
+
+
+def test_the_page_is_self_contained(run_dir: Path) -> None:
+    page = write_report(run_dir, include_text=True).read_text()
+    sources = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert len(sources) == 4
+    assert all(s.startswith("data:image/png;base64,") for s in sources)
+    assert not re.search(r"https?://|<script|@import|url\(", page)
+    assert "width=device-width" in page
+
+
+@pytest.mark.parametrize("name", ["run.json", "selection.json", "erasure/erasure.json", "evaluation.json"])
+@pytest.mark.parametrize("damage", [None, "{oops", "[]"])
+def test_a_missing_or_damaged_piece_is_said(
+    run_dir: Path, name: str, damage: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        figures, "png_data_uri", lambda _fig: "data:image/png;base64,"
+    )  # drawing takes seconds
+    (run_dir / name).unlink()
+    if damage:
+        (run_dir / name).write_text(damage)
+    text = visible(write_report(run_dir, include_text=False).read_text())
+    assert f"{name}: " in text
+    kinds = {None: "not there", "{oops": "cannot be read", "[]": "is not a JSON object"}
+    assert kinds[damage] in text
+    others = {
+        "run.json": "The command was not recorded",
+        "selection.json": "No layer table was recorded",
+        "erasure/erasure.json": "There is no Erasure in this run directory",
+        "evaluation.json": "says nothing about what was forgotten or kept",
+    }
+    assert others[name] in text
+
+
+def test_a_failed_run_and_missing_questions_are_said(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "png_data_uri", lambda _fig: "data:image/png;base64,")
+    (run_dir / "run.json").write_text(json.dumps({"status": "failed", "error": f"at {SECRET}"}))
+    (run_dir / "attacks.json").write_text("{}")
+    evaluation = json.loads((run_dir / "evaluation.json").read_text())
+    evaluation["comparison"] = [r for r in evaluation["comparison"] if r["metric"] == "nll"]
+    (run_dir / "evaluation.json").write_text(json.dumps(evaluation))
+    page = write_report(run_dir, include_text=False).read_text()
+    text = visible(page)
+    assert SECRET not in page
+    assert "status: failed" in text
+    assert "No questions were given" in text
+    assert "Attacks were run" in text
+    assert "No attack was run" not in text
+
+
+def test_nothing_to_report_on(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="nothing to report"):
+        write_report(tmp_path, include_text=False)
+    with pytest.raises(RunError, match="not a run directory"):
+        write_report(tmp_path / "none", include_text=False)
