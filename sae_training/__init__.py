@@ -1,1 +1,6 @@
-"""SAE training over many layers."""
+"""SAE training over many layers: residual activations from one forward pass, sae_lens objects out."""
+
+from .storage import load_saes, parse_layers, save_saes
+from .train import SAEConfig, train_saes
+
+__all__ = ["SAEConfig", "load_saes", "parse_layers", "save_saes", "train_saes"]

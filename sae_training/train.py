@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from saeunlearn import __version__
-from saeunlearn.checkpoints import atomic_folder
 from saeunlearn.corpus import Corpus, windows
-from saeunlearn.errors import ConfigError, ModelError, NonFiniteError, SAEMismatchError
+from saeunlearn.errors import ConfigError, NonFiniteError
 from saeunlearn.models import LanguageModel
 from saeunlearn.progress import Progress
 from saeunlearn.training import one_cycle
@@ -42,8 +38,8 @@ def train_saes(model: LanguageModel, corpus: Corpus, layers: Sequence[int], conf
     """{layer: sae_lens TopKSAE} trained on the residual stream after each of `layers`, from one forward pass.
 
     Inputs are scaled to norm √d while training, and the scale is folded into the weights at the end.
-    Raises ConfigError for k above d_sae, ModelError for a layer that is not there, NonFiniteError for NaN or
-    infinite activations or losses.
+    Raises ConfigError for settings out of range and k above d_sae, ModelError for a layer that is not there,
+    NonFiniteError for NaN or infinite activations or losses.
     """
     from sae_lens.saes.sae import TrainStepInput
 
@@ -51,6 +47,8 @@ def train_saes(model: LanguageModel, corpus: Corpus, layers: Sequence[int], conf
     d_sae = config.expansion * model.d_model
     if not 1 <= config.k <= d_sae:
         raise ConfigError(f"k = {config.k} active features of d_sae = {d_sae}")
+    if min(config.tokens, config.batch) < 1 or not config.lr > 0:
+        raise ConfigError("tokens, batch and lr must be positive")
     items = windows(corpus, model)
     stream = shuffled(model, items, layers, batch=config.batch, buffer=config.buffer, seed=seed)
     first = next(stream)
@@ -60,7 +58,7 @@ def train_saes(model: LanguageModel, corpus: Corpus, layers: Sequence[int], conf
     optimisers = [torch.optim.Adam(s.parameters(), lr=config.lr, betas=(0.9, 0.999)) for s in saes]
     silent = [torch.zeros(d_sae, device=model.device) for _ in layers]
     steps = math.ceil(config.tokens / first.shape[0])
-    variance = [float((first[:, n] * s).var(0).sum()) for n, s in enumerate(scales)]
+    variance = [float((first[:, n] * s).var(0, correction=0).sum().clamp_min(1e-12)) for n, s in enumerate(scales)]
     progress.start(f"SAEs on layers {','.join(map(str, layers))}", steps * first.shape[0])
     fvu = dict.fromkeys(layers, 1.0)
     for step in range(steps):
@@ -73,7 +71,7 @@ def train_saes(model: LanguageModel, corpus: Corpus, layers: Sequence[int], conf
                 TrainStepInput(sae_in=x, coefficients={}, dead_neuron_mask=silent[n] > config.dead_after,
                                n_training_steps=step, is_logging_step=False)
             )  # fmt: skip
-            mse = float(out.losses["mse_loss"])
+            mse = out.losses["mse_loss"].item()
             if not math.isfinite(mse):
                 raise NonFiniteError(f"the SAE loss of layer {layer} is {mse} at step {step}")
             opt.zero_grad(set_to_none=True)
@@ -112,102 +110,12 @@ def _finished(sae: Any, scale: float, info: dict[str, Any]) -> Any:
 
     sae.fold_W_dec_norm()
     sae.cfg.rescale_acts_by_decoder_norm = False
-    cfg = {k: v for k, v in sae.cfg.get_inference_sae_cfg_dict().items() if k != "architecture"}
-    done = TopKSAE(TopKSAEConfig.from_dict(cfg))
+    done = TopKSAE(TopKSAEConfig.from_dict(sae.cfg.get_inference_sae_cfg_dict()))
     done.load_state_dict(sae.state_dict())
-    # x·s encodes to z, whose reconstruction is divided by s: W_dec alone takes it, so its rows stay of one norm
-    # only up to 1/s. Features are therefore rescaled: z' = z/s with unit rows.
+    # Trained on s·h. TopK and ReLU scale with their input, so z' = z/s with the same W_enc and unit decoder rows
+    # reconstructs h itself once both biases are divided by s.
     with torch.no_grad():
         done.b_enc /= scale
         done.b_dec /= scale
     done.cfg.metadata["saeunlearn"] = info
     return done.requires_grad_(False).eval()
-
-
-def save_saes(saes: Mapping[int, Any], folder: str | Path) -> None:
-    """One SAELens folder a layer, `layer_{l}/`, and an index; written whole or not at all."""
-    with atomic_folder(folder, replaces=lambda p: (p / "saes.json").exists()) as work:
-        for layer, sae in saes.items():
-            sae.save_model(work / f"layer_{layer}")
-        index = {
-            "schema": 1,
-            "layers": sorted(saes),
-            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        }
-        (work / "saes.json").write_text(json.dumps(index, indent=1))
-
-
-def load_saes(source: str | Path, model: LanguageModel | None = None) -> dict[int, Any]:
-    """{layer: SAE} from a folder written by `save_saes`, a single SAELens folder, a folder of such folders, or
-    a `release:sae_id` of the sae_lens registry (Gemma Scope among them).
-
-    The layer is read from each SAE's hook name. Raises SAEMismatchError when it cannot be told or two SAEs claim
-    the same layer.
-    """
-    from sae_lens import SAE
-
-    path = Path(source).expanduser()
-    device = str(model.device) if model else "cpu"
-    if path.is_dir():
-        folders = (
-            [path] if (path / "cfg.json").exists() else sorted(p.parent for p in path.glob("*/cfg.json"))
-        )
-        if not folders:
-            raise SAEMismatchError(f"{path} holds no SAELens folder (cfg.json with sae_weights.safetensors)")
-        loaded = [(str(f), _load_folder(f, device)) for f in folders]
-    elif ":" in str(source) and not path.exists():
-        release, _, sae_id = str(source).partition(":")
-        try:
-            loaded = [(str(source), SAE.from_pretrained(release, sae_id, device=device))]
-        except Exception as e:  # the registry raises many unrelated types
-            raise SAEMismatchError(f"cannot load {sae_id!r} of {release!r} through sae_lens: {e}") from e
-    else:
-        raise SAEMismatchError(f"{source} is neither a folder nor `release:sae_id`")
-    out: dict[int, Any] = {}
-    for name, sae in loaded:
-        layer = _layer_of(sae, name)
-        if layer in out:
-            raise SAEMismatchError(f"two SAEs in {source} are for layer {layer}")
-        out[layer] = sae.requires_grad_(False).eval()
-    return dict(sorted(out.items()))
-
-
-def _load_folder(folder: Path, device: str) -> Any:
-    from sae_lens import SAE
-
-    if not (folder / "sae_weights.safetensors").exists():
-        raise SAEMismatchError(f"{folder} has no sae_weights.safetensors")
-    try:
-        sae = SAE.load_from_disk(folder, device=device)
-    except Exception as e:  # a foreign cfg.json fails in as many ways as there are fields
-        raise SAEMismatchError(f"cannot load the SAE in {folder}: {type(e).__name__}: {e}") from e
-    if not all(torch.isfinite(p).all() for p in sae.parameters()):
-        raise NonFiniteError(f"the SAE in {folder} holds NaN or infinity")
-    return sae
-
-
-def _layer_of(sae: Any, name: str) -> int:
-    import re
-
-    hook = getattr(sae.cfg.metadata, "hook_name", None) or ""
-    found = re.fullmatch(r"blocks\.(\d+)\.(hook_resid_post|hook_resid_pre|hook_out|hook_in)", hook)
-    if not found:
-        raise SAEMismatchError(f"{name}: hook {hook!r} is not a residual stream between blocks")
-    layer = int(found[1]) - (found[2] in ("hook_resid_pre", "hook_in"))
-    if layer < 0:
-        raise SAEMismatchError(f"{name}: {hook!r} is the embedding, before any block")
-    return layer
-
-
-def default_layers(model: LanguageModel, spec: str) -> list[int]:
-    """`all`, or numbers and ranges as in `1,3,5-8`. Raises ModelError for anything else."""
-    if spec == "all":
-        return list(range(model.n_layers))
-    out: set[int] = set()
-    for part in spec.split(","):
-        first, _, last = part.strip().partition("-")
-        if not first.isdigit() or (last and not last.isdigit()):
-            raise ModelError(f"layers {spec!r}: use `all`, or numbers and ranges such as 1,3,5-8")
-        out |= set(range(int(first), int(last or first) + 1))
-    model.check_layers(sorted(out))
-    return sorted(out)

@@ -166,9 +166,7 @@ def unmerge(checkpoint_dir: str | Path, out_dir: str | Path) -> None:
     if not file.is_file() or sha256_file(file) != last["originals_sha256"]:
         raise ErasureError(f"the kept originals {file} are missing or damaged (sha256 differs)")
     if fingerprint_folder(source) != last["resulting_fingerprint"]:
-        raise ErasureError(
-            f"{source} was changed after its last merge, which cannot be undone exactly any more"
-        )
+        raise ErasureError(f"{source} was changed after its last merge, which cannot be undone exactly any more")
     from safetensors import safe_open
 
     with atomic_folder(out_dir) as temp, safe_open(file, framework="pt") as kept:
@@ -181,9 +179,7 @@ def unmerge(checkpoint_dir: str | Path, out_dir: str | Path) -> None:
         if rest:
             _write_ledger(temp, rest)
         if fingerprint_folder(temp) != last["parent_fingerprint"]:
-            raise ErasureError(
-                f"undoing the last merge of {source} did not give the checkpoint from before it"
-            )
+            raise ErasureError(f"undoing the last merge of {source} did not give the checkpoint from before it")
 
 
 @contextlib.contextmanager
@@ -226,9 +222,11 @@ def atomic_folder(target: str | Path, replaces: Callable[[Path], bool] | None = 
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Indented JSON in UTF-8; NaN is refused (ValueError)."""
+    """Indented JSON in UTF-8, written whole or not at all; NaN is refused (ValueError)."""
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-    file.write_text(text + "\n", encoding="utf-8")
+    temp = file.with_name(f".{file.name}{PARTIAL}")
+    temp.write_text(text + "\n", encoding="utf-8")
+    os.replace(temp, file)
 
 
 def sha256_file(file: Path) -> str:
@@ -241,9 +239,7 @@ def _checkpoint(folder: str | Path) -> Path:
     """The folder, if it is a whole safetensors checkpoint (ModelError, ErasureError otherwise)."""
     folder = Path(folder).expanduser()
     if (folder / "adapter_config.json").exists():
-        raise ErasureError(
-            f"{folder} is a PEFT adapter, or has one on top: merge it into its base model first"
-        )
+        raise ErasureError(f"{folder} is a PEFT adapter, or has one on top: merge it into its base model first")
     checkpoint_files(folder)
     return folder
 
@@ -286,8 +282,7 @@ def _layout(file: Path) -> dict[str, tuple[str, int, int]]:
     header.pop("__metadata__", None)
     start = 8 + size
     return {
-        name: (t["dtype"], start + t["data_offsets"][0], start + t["data_offsets"][1])
-        for name, t in header.items()
+        name: (t["dtype"], start + t["data_offsets"][0], start + t["data_offsets"][1]) for name, t in header.items()
     }
 
 
@@ -306,9 +301,7 @@ def _copy_edited(
     plain += sorted(source.glob("additional_chat_templates/*.jinja"))
     need = sum(f.stat().st_size for f in [*shards, *plain])
     if (free := shutil.disk_usage(temp).free) < need:
-        raise ErasureError(
-            f"the copy needs {need / 1e9:.3g} GB on the disk of {temp.parent}, {free / 1e9:.3g} free"
-        )
+        raise ErasureError(f"the copy needs {need / 1e9:.3g} GB on the disk of {temp.parent}, {free / 1e9:.3g} free")
     for file in plain:
         _copy(file, temp / file.relative_to(source))
     originals = {}
@@ -322,9 +315,7 @@ def _copy_edited(
                 stored = f.get_tensor(name)
                 edited = edits[name](stored).contiguous()
                 if dtype not in _EDITABLE or edited.dtype != stored.dtype or edited.nbytes != end - start:
-                    raise ErasureError(
-                        f"{name} in {shard} is {dtype} {list(stored.shape)} and cannot be edited"
-                    )
+                    raise ErasureError(f"{name} in {shard} is {dtype} {list(stored.shape)} and cannot be edited")
                 out.seek(start)
                 out.write(edited.reshape(-1).view(torch.uint8).numpy().data)
                 if keep:
@@ -354,9 +345,7 @@ def _copy(file: Path, to: Path) -> None:
 
 def _write_ledger(temp: Path, entries: Sequence[dict[str, Any]]) -> None:
     kept = any((temp / ROOM / str(e["originals"])).is_file() for e in entries)
-    note = (
-        SENSITIVE if kept else "No originals are kept here: these merges cannot be undone from this folder."
-    )
+    note = SENSITIVE if kept else "No originals are kept here: these merges cannot be undone from this folder."
     (temp / ROOM).mkdir(exist_ok=True)
     write_json(temp / ROOM / "ledger.json", {"schema": LEDGER_SCHEMA, "note": note, "entries": list(entries)})
 

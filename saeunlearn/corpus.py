@@ -186,9 +186,7 @@ def windows(corpus: Corpus, model: LanguageModel, max_length: int | None = None)
         [t for t, _ in texts], add_special_tokens=False, return_offsets_mapping=True
     )  # fast tokenizers only: every tokenizer of transformers 5 is one
     out = []
-    for i, ((_, start_char), ids, offsets) in enumerate(
-        zip(texts, tokenised.input_ids, tokenised.offset_mapping)
-    ):
+    for i, ((_, start_char), ids, offsets) in enumerate(zip(texts, tokenised.input_ids, tokenised.offset_mapping)):
         first = sum(1 for _, end in offsets if end <= start_char) if start_char else 0
         step = limit - len(bos)
         for at in range(0, len(ids), step):
@@ -237,16 +235,25 @@ def batches(
 
 
 def endless(items: Sequence[Window], pad_id: int, batch_size: int, seed: int) -> Iterator[Batch]:
-    """Seeded batches of `batch_size` windows for training, epoch after epoch, for ever."""
+    """Seeded batches of `batch_size` windows for training, epoch after epoch, for ever.
+
+    Windows of similar length share a batch (drawn from eight batches at a time), so little is padding. Every
+    window comes once an epoch.
+    """
     rng = random.Random(seed)
     queue: list[int] = []
+    pool = 8 * batch_size
     while True:
-        while len(queue) < batch_size:
+        while len(queue) < pool:
             epoch = list(range(len(items)))
             rng.shuffle(epoch)
             queue += epoch
-        yield collate([items[i] for i in queue[:batch_size]], pad_id)
-        queue = queue[batch_size:]
+        near = sorted(queue[:pool], key=lambda i: len(items[i].ids))
+        queue = queue[pool:]
+        groups = [near[at : at + batch_size] for at in range(0, pool, batch_size)]
+        rng.shuffle(groups)
+        for g in groups:
+            yield collate([items[i] for i in g], pad_id)
 
 
 def collate(items: Sequence[Window], pad_id: int) -> Batch:

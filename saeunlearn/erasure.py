@@ -186,21 +186,15 @@ class Erasure:
         try:
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             if manifest["schema"] != SCHEMA:
-                raise ErasureError(
-                    f"{folder} has schema {manifest['schema']}; this version reads schema {SCHEMA}"
-                )
+                raise ErasureError(f"{folder} has schema {manifest['schema']}; this version reads schema {SCHEMA}")
             entries, said = manifest.pop("parts"), manifest.pop("id")
             parts = []
             for entry in entries:
                 kind, file = entry["kind"], str(entry["file"])
                 if kind not in PART_KINDS:
-                    raise ErasureError(
-                        f"{folder} has a part of unknown kind {kind!r}; known: {[*PART_KINDS]}"
-                    )
+                    raise ErasureError(f"{folder} has a part of unknown kind {kind!r}; known: {[*PART_KINDS]}")
                 if not _PAYLOAD.fullmatch(file) or not (folder / file).is_file():
-                    raise ErasureError(
-                        f"{folder} names the payload {file!r}, which is missing or no safetensors"
-                    )
+                    raise ErasureError(f"{folder} names the payload {file!r}, which is missing or no safetensors")
                 if sha256_file(folder / file) != entry["sha256"]:
                     raise ErasureError(f"{folder / file} is damaged: its sha256 is not the one in {MANIFEST}")
                 tensors = st.load_file(folder / file)
@@ -209,9 +203,7 @@ class Erasure:
                 parts.append(PART_KINDS[kind].from_payload(entry["spec"], tensors))
             erasure = cls(parts, manifest)
             if erasure.id != said:
-                raise ErasureError(
-                    f"{folder} is damaged: parts, parent, method or config are not those of its id"
-                )
+                raise ErasureError(f"{folder} is damaged: parts, parent, method or config are not those of its id")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as e:
             raise ErasureError(f"{folder} is not a readable Erasure: {e!r}") from e
         return erasure

@@ -128,9 +128,7 @@ def training_curves(losses: Sequence[Mapping[str, float]]) -> Figure:
         ("Cost on retain text", "rise of the loss (%)"): [("retain_rise", "retain", RETAIN, "-")],
     }
     shown = {
-        k: lines
-        for k, lines in panels.items()
-        if any(_is_number(s.get(key)) for s in losses for key, *_ in lines)
+        k: lines for k, lines in panels.items() if any(_is_number(s.get(key)) for s in losses for key, *_ in lines)
     }
     fig = _figure(3.5 * max(1, len(shown)) + 0.4, 3.1)
     for at, ((title, unit), lines) in enumerate(shown.items()):
@@ -191,12 +189,8 @@ def before_after(rows: Sequence[Mapping[str, Any]]) -> Figure:
             ax.set_xlabel("negative log-likelihood (nats per token; lower: better predicted)")
         else:
             ax.set_xlim(-0.03, 1.03)
-            ax.set_xlabel(
-                "share correct" + (f"  (dotted: chance {chances[0]:.2f})" if len(chances) == 1 else "")
-            )
-        ax.set_title(
-            {"nll": "Text", "multiple_choice": "Multiple choice", "cloze": "Cloze"}.get(metric, metric)
-        )
+            ax.set_xlabel("share correct" + (f"  (dotted: chance {chances[0]:.2f})" if len(chances) == 1 else ""))
+        ax.set_title({"nll": "Text", "multiple_choice": "Multiple choice", "cloze": "Cloze"}.get(metric, metric))
         ax.grid(axis="x", color="#E5E5E5", linewidth=0.7)
         ax.set_axisbelow(True)
     from matplotlib.lines import Line2D

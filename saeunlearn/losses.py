@@ -18,9 +18,7 @@ from .progress import Progress
 _MAX_LOGITS = 2**26
 
 
-def token_losses(
-    model: LanguageModel, items: Sequence[Window], progress: Progress | None = None
-) -> list[Tensor]:
+def token_losses(model: LanguageModel, items: Sequence[Window], progress: Progress | None = None) -> list[Tensor]:
     """Per-token losses (nats) of each window: float32 CPU tensors aligned to `window.ids[1:]`.
 
     Every token but the first is scored, the question's too. Raises NonFiniteError for NaN or infinity.

@@ -66,9 +66,7 @@ class Writer:
 def resolve_device(device: str = "auto") -> torch.device:
     """`auto` is CUDA, then MPS, then the CPU. Raises ModelError for a device that is not there."""
     if device == "auto":
-        device = (
-            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        )
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as e:
@@ -203,9 +201,7 @@ class LanguageModel:
                 is_gemma = _submodule(block, "pre_feedforward_layernorm") is not None
                 scale = 1.0 + post.weight.detach().float() if is_gemma and post is not None else None
                 module = getattr(module, "base_layer", module)  # the frozen matrix under a PEFT layer
-                out.append(
-                    Writer(b, names[id(module.weight)], module, type(module).__name__ == "Conv1D", scale)
-                )
+                out.append(Writer(b, names[id(module.weight)], module, type(module).__name__ == "Conv1D", scale))
         return out
 
     # --- forward passes --------------------------------------------------------------------------------
@@ -214,9 +210,7 @@ class LanguageModel:
         """Next-token logits [batch, position, d_vocab] in float32."""
         return self.model(input_ids=ids, attention_mask=attention_mask, use_cache=False).logits.float()
 
-    def capture(
-        self, ids: Tensor, layers: Sequence[int], attention_mask: Tensor | None = None
-    ) -> dict[int, Tensor]:
+    def capture(self, ids: Tensor, layers: Sequence[int], attention_mask: Tensor | None = None) -> dict[int, Tensor]:
         """Residual stream after each block of `layers`: {l: [batch, position, d_model]}.
 
         The pass stops after the deepest of them, and keeps the graph when gradients are enabled.
@@ -305,6 +299,9 @@ class LanguageModel:
 
     def save(self, folder: str | Path) -> None:
         """Write model and tokenizer as an ordinary Hugging Face folder (safetensors)."""
+        from transformers.utils import logging as hf_logging
+
+        hf_logging.disable_progress_bar()
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.model.save_pretrained(folder)

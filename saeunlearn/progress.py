@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from .errors import Cancelled
 
 T = TypeVar("T")
+SAY_EVERY = 15.0  # seconds between lines where there is no terminal to draw a bar on
 
 
 class Progress:
@@ -20,7 +21,7 @@ class Progress:
 
     def __init__(self, on_event: Callable[[dict[str, Any]], None] | None = None) -> None:
         self.cancelled = False
-        self._on_event = on_event
+        self.on_event = on_event
         self._what = ""
         self._done = 0
         self._total: int | None = None
@@ -55,8 +56,8 @@ class Progress:
         self.finish()
 
     def _emit(self, event: dict[str, Any]) -> None:
-        if self._on_event:
-            self._on_event({"time": round(time.time(), 3), **event})
+        if self.on_event:
+            self.on_event({"time": round(time.time(), 3), **event})
 
 
 class ConsoleProgress(Progress):
@@ -66,13 +67,14 @@ class ConsoleProgress(Progress):
         super().__init__(on_event)
         self._bar: Any = None
         self._started = 0.0
+        self._said = 0.0
 
     def start(self, what: str, total: int | None = None) -> None:
         from tqdm import tqdm
 
         self._close()
         super().start(what, total)
-        self._started = time.monotonic()
+        self._started = self._said = time.monotonic()
         if sys.stderr.isatty():
             self._bar = tqdm(total=total, desc=what, dynamic_ncols=True, leave=False, mininterval=0.2)
 
@@ -82,15 +84,20 @@ class ConsoleProgress(Progress):
             if figures:
                 self._bar.set_postfix({k: f"{v:.4g}" for k, v in figures.items()}, refresh=False)
             self._bar.update(n)
+        elif (now := time.monotonic()) - self._said >= SAY_EVERY:
+            self._said = now
+            left = ""
+            if self._total:
+                eta = (now - self._started) / self._done * (self._total - self._done)
+                left = f"/{self._total}, {max(0.0, eta):.0f} s left"
+            print(f"  {self._what}: {self._done}{left}", file=sys.stderr, flush=True)
 
     def finish(self, **figures: Any) -> None:
         super().finish(**figures)
         self._close()
         seconds = time.monotonic() - self._started
         if seconds >= 2 or figures:
-            tail = "".join(
-                f" · {k} {v:.4g}" if isinstance(v, float) else f" · {k} {v}" for k, v in figures.items()
-            )
+            tail = "".join(f" · {k} {v:.4g}" if isinstance(v, float) else f" · {k} {v}" for k, v in figures.items())
             print(f"  {self._what}: {seconds:.1f} s{tail}", file=sys.stderr, flush=True)
 
     def note(self, message: str) -> None:

@@ -103,11 +103,7 @@ def make_model(arch: str, tokenizer: Any) -> Any:
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.ndim == 1:  # biases and gains start at 0 or 1: a mistake in them would not show
-                p.add_(
-                    0.3 * torch.randn_like(p)
-                    if "norm" in name or "ln_" in name
-                    else 0.1 * torch.randn_like(p)
-                )
+                p.add_(0.3 * torch.randn_like(p) if "norm" in name or "ln_" in name else 0.1 * torch.randn_like(p))
     return model.eval()
 
 
@@ -158,7 +154,5 @@ def shared_data() -> Path:
     if data.is_dir() and any(data.iterdir()):
         return data
     if os.environ.get("CI") == "true" and shared.is_dir():
-        pytest.fail(
-            "../shared exists but ../shared/data is empty or missing: the real-data tests must run in CI"
-        )
+        pytest.fail("../shared exists but ../shared/data is empty or missing: the real-data tests must run in CI")
     pytest.skip("no ../shared/data beside the project: tests on real data were left out")

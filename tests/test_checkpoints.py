@@ -89,9 +89,7 @@ def test_fingerprint_does_not_depend_on_sharding(arch_path: Path, tmp_path: Path
     torch.testing.assert_close(plain_logits(tmp_path / "out"), applied_logits(lm, erasure), atol=1e-5, rtol=0)
 
 
-def test_stacked_erasures_merge_one_after_the_other(
-    lm: LanguageModel, arch_path: Path, tmp_path: Path
-) -> None:
+def test_stacked_erasures_merge_one_after_the_other(lm: LanguageModel, arch_path: Path, tmp_path: Path) -> None:
     one, two, three = tmp_path / "one", tmp_path / "two", tmp_path / "three"
     base = lm.fingerprint()
     first = make(lm)
@@ -124,9 +122,7 @@ def test_stacked_erasures_merge_one_after_the_other(
     assert read_ledger(tmp_path / "two again") == ledger[:2]
     assert fingerprint_folder(tmp_path / "two again") == fingerprint_folder(two)
     assert fingerprint_folder(tmp_path / "one again") == fingerprint_folder(one)
-    assert [f.name for f in (tmp_path / "one again/saeunlearn").glob("*.safetensors")] == [
-        "originals-1.safetensors"
-    ]
+    assert [f.name for f in (tmp_path / "one again/saeunlearn").glob("*.safetensors")] == ["originals-1.safetensors"]
 
 
 def test_a_ledger_says_nothing_about_tensors_that_changed_since(
@@ -147,9 +143,7 @@ def test_a_ledger_says_nothing_about_tensors_that_changed_since(
     assert [e["forced"] for e in read_ledger(tmp_path / "two")] == [False, True]
 
 
-def test_without_originals_nothing_unedited_stays(
-    llama: LanguageModel, checkpoints: Any, tmp_path: Path
-) -> None:
+def test_without_originals_nothing_unedited_stays(llama: LanguageModel, checkpoints: Any, tmp_path: Path) -> None:
     first = make(llama)
     with first.apply(llama):
         second = make(llama, deltas(llama, seed=1))
@@ -218,9 +212,7 @@ def test_tied_embedding_and_head_stay_tied(checkpoints: Any, tmp_path: Path, sto
     erasure.merge(base, tmp_path / "out")
     torch.testing.assert_close(plain_logits(tmp_path / "out"), expected, atol=1e-5, rtol=0)
     after = dict(stored_tensors(tmp_path / "out"))
-    assert torch.equal(
-        after.get("lm_head.weight", after["transformer.wte.weight"]), after["transformer.wte.weight"]
-    )
+    assert torch.equal(after.get("lm_head.weight", after["transformer.wte.weight"]), after["transformer.wte.weight"])
     unmerge(tmp_path / "out", tmp_path / "back")
     assert (tmp_path / "back/model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
     with pytest.raises(ErasureError, match="dense"):
@@ -238,9 +230,7 @@ def test_merge_refuses_before_it_writes(
         erasure.merge(base, tmp_path / "full")
     with pytest.raises(ErasureError, match="not empty"):
         erasure.merge(base, base)
-    with pytest.raises(
-        ErasureError, match=f"{erasure.parent[:12]}.*{fingerprint_folder(checkpoints('gpt2'))[:12]}"
-    ):
+    with pytest.raises(ErasureError, match=f"{erasure.parent[:12]}.*{fingerprint_folder(checkpoints('gpt2'))[:12]}"):
         erasure.merge(checkpoints("gpt2"), tmp_path / "out")
     with pytest.raises(ErasureError, match="stores no"):
         erasure.merge(checkpoints("gpt2"), tmp_path / "out", force=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +69,7 @@ def test_accepted_text_shapes(tmp_path: Path, content: str, expected: list[str])
         ({"question": "Q?", "answer": "a", "choices": None}, "a", ()),
     ],
 )
-def test_accepted_question_shapes(
-    tmp_path: Path, row: dict[str, Any], answer: str, choices: tuple[str, ...]
-) -> None:
+def test_accepted_question_shapes(tmp_path: Path, row: dict[str, Any], answer: str, choices: tuple[str, ...]) -> None:
     (record,) = Corpus.load(write(tmp_path, json.dumps({**row, "topic": "birds"})))
     assert (record.question, record.answer, record.choices, record.text) == ("Q?", answer, choices, "")
     assert record.meta["topic"] == "birds"
@@ -210,9 +208,7 @@ def test_windows_of_any_length(n: int, limit: int, bos: bool) -> None:
 
     text = "".join(chr(100 + i) for i in range(n))
     step = limit - bos
-    expected = [
-        ([1] if bos else []) + [100 + i for i in range(n)][at : at + step] for at in range(0, n, step)
-    ]
+    expected = [([1] if bos else []) + [100 + i for i in range(n)][at : at + step] for at in range(0, n, step)]
     expected = [e for e in expected if len(e) > 1]
     if not expected:
         with pytest.raises(CorpusError, match="no record is longer than one token"):
@@ -296,9 +292,7 @@ def flat(found: list[Batch]) -> list[tuple[Any, ...]]:
     budget=st.integers(1, 200),
     seed=st.one_of(st.none(), st.integers(0, 5)),
 )
-def test_batches_cover_every_window_once_within_the_budget(
-    lengths: list[int], budget: int, seed: int | None
-) -> None:
+def test_batches_cover_every_window_once_within_the_budget(lengths: list[int], budget: int, seed: int | None) -> None:
     items = items_of(lengths)
     found = list(batches(items, 0, max_tokens=budget, seed=seed))
     assert sorted(i for b in found for i in b.records) == list(range(len(items)))
@@ -319,19 +313,36 @@ def test_the_seed_decides_the_order_of_batches() -> None:
     assert [i for rs in orders[0] for i in rs] == list(range(40))  # without a seed: by length, as given
 
 
-def test_endless_batches_go_through_whole_epochs_and_repeat_with_the_seed() -> None:
-    items = items_of([3, 4, 5, 6, 7])
+@pytest.mark.parametrize(("n", "size"), [(5, 3), (24, 3), (100, 3), (7, 1), (5, 12)])
+def test_endless_batches_go_through_whole_epochs_and_repeat_with_the_seed(n: int, size: int) -> None:
+    # Eight batches are drawn at a time, and `n` pools of them are 8·size whole epochs. The last case's batch is larger
+    # than its corpus.
+    items = items_of([2 + (7 * i) % 11 for i in range(n)])
 
     def taken(seed: int) -> list[Batch]:
-        return list(islice(endless(items, 0, 3, seed), 10))
+        return list(islice(endless(items, 0, size, seed), 8 * n))
 
-    seen = [i for b in taken(1) for i in b.records]
-    assert len(seen) == 30
-    assert all(sorted(seen[at : at + 5]) == [0, 1, 2, 3, 4] for at in range(0, 30, 5))
-    assert flat(taken(1)) == flat(taken(1)) != flat(taken(2))
-    (large,) = islice(endless(items, 0, 12, 1), 1)  # a batch larger than the corpus
-    assert sorted(large.records)[:2] == [0, 0]
-    assert len(large.records) == 12
+    found = taken(1)
+    assert all(len(b.records) == size for b in found)
+    count = [0] * n
+    for at in range(0, len(found), 8):
+        pool = found[at : at + 8]
+        for b in pool:
+            for i in b.records:
+                count[i] += 1
+        # Every window comes once an epoch, so no window is ever two ahead of another.
+        assert max(count) - min(count) <= 1
+        # Similar lengths share a batch: ordered by length, the batches of a pool do not reach into one another.
+        spans = sorted((min(len(items[i].ids) for i in b.records), b.ids.shape[1]) for b in pool)
+        assert all(longest <= shortest for (_, longest), (shortest, _) in pairwise(spans))
+    assert count == [8 * size] * n
+    assert flat(found) == flat(taken(1)) != flat(taken(2))
+
+
+def test_endless_batches_do_not_come_by_length() -> None:
+    widths = [b.ids.shape[1] for b in islice(endless(items_of(list(range(2, 50))), 0, 6, 0), 8)]
+    assert widths != sorted(widths)
+    assert widths != sorted(widths, reverse=True)
 
 
 # --- split, sample, fingerprint ----------------------------------------------------------------------------

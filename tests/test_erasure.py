@@ -128,9 +128,7 @@ def test_memory_and_folder_have_one_fingerprint(arch_path: Path) -> None:
     opened = LanguageModel.open(arch_path, device="cpu")
     in_memory = LanguageModel(opened.model, opened.tokenizer)
     half = LanguageModel.open(arch_path, device="cpu", dtype="bfloat16")
-    assert (
-        opened.fingerprint() == in_memory.fingerprint() == half.fingerprint() == fingerprint_folder(arch_path)
-    )
+    assert opened.fingerprint() == in_memory.fingerprint() == half.fingerprint() == fingerprint_folder(arch_path)
 
 
 # --- parts and manifest --------------------------------------------------------------------------------
@@ -169,10 +167,7 @@ def test_manifest_counts_what_changes(lm: LanguageModel) -> None:
     assert m["changed"]["count"] == 2 * lm.d_model * d_in
     assert [c["rank"] for c in m["changed"]["parameters"]] == [2, None]
     assert m["changed"]["share"] == pytest.approx(2 * lm.d_model * d_in / lm.model.num_parameters())
-    assert (
-        m["versions"]["torch"] == torch.__version__.split("+")[0]
-        or m["versions"]["torch"] == torch.__version__
-    )
+    assert m["versions"]["torch"] == torch.__version__.split("+")[0] or m["versions"]["torch"] == torch.__version__
     assert m["threads"] == torch.get_num_threads()
     assert m["config"] == {"k": 2, "blocks": [0, 1]}
     assert m["losses"] == [{"step": 0, "loss": 1.5}]
@@ -221,9 +216,7 @@ def test_save_and_load_round_trip(lm: LanguageModel, tmp_path: Path) -> None:
     transposed=st.booleans(),
     seed=st.integers(0, 9),
 )
-def test_any_delta_survives_its_payload(
-    d_out: int, d_in: int, rank: int, transposed: bool, seed: int
-) -> None:
+def test_any_delta_survives_its_payload(d_out: int, d_in: int, rank: int, transposed: bool, seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
     wide = torch.randn(2 * d_out, rank, generator=g).double()
     part = WeightDelta("a.weight", transposed, wide[::2], torch.randn(rank, d_in, generator=g))
@@ -283,9 +276,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("says", DAMAGE)
-def test_damaged_directories_are_refused_with_the_reason(
-    llama: LanguageModel, tmp_path: Path, says: str
-) -> None:
+def test_damaged_directories_are_refused_with_the_reason(llama: LanguageModel, tmp_path: Path, says: str) -> None:
     make(llama).save(tmp_path / "e")
     DAMAGE[says](tmp_path / "e")
     with pytest.raises(ErasureError, match=says):
@@ -325,9 +316,7 @@ def test_a_full_disk_leaves_what_was_there(llama: LanguageModel, tmp_path: Path,
     assert [p.name for p in tmp_path.iterdir()] == ["e"]
 
 
-def test_a_killed_save_is_not_taken_for_an_erasure(
-    llama: LanguageModel, tmp_path: Path, monkeypatch: Any
-) -> None:
+def test_a_killed_save_is_not_taken_for_an_erasure(llama: LanguageModel, tmp_path: Path, monkeypatch: Any) -> None:
     erasure = make(llama)
 
     def die(*_: Any) -> None:

@@ -139,9 +139,7 @@ def test_nll_matches_the_hugging_face_loss(lm: LanguageModel) -> None:
 
 
 def test_token_losses_do_not_depend_on_the_batch_and_keep_the_order(lm: LanguageModel) -> None:
-    items = windows(
-        Corpus.of(["Mara keeps the old lantern.", "Elsa", "Tobin keeps the map near the mill."]), lm
-    )
+    items = windows(Corpus.of(["Mara keeps the old lantern.", "Elsa", "Tobin keeps the map near the mill."]), lm)
     together = metrics.token_losses(lm, items)
     assert [len(t) for t in together] == [len(w.ids) - 1 for w in items]
     for w, losses in zip(items, together):
@@ -244,9 +242,7 @@ def test_worst_subgroups_are_best_remembered_where_forgotten(
 def test_wilson_solves_its_quadratic_and_bootstrap_nears_the_normal_interval() -> None:
     for k, n in ((0, 10), (3, 10), (10, 10), (57, 200)):
         for bound in wilson(k, n):  # the interval's ends are where (p̂ − p)² = z² p (1 − p) / n
-            assert (k / n - bound) ** 2 == pytest.approx(
-                1.959963984540054**2 * bound * (1 - bound) / n, abs=1e-9
-            )
+            assert (k / n - bound) ** 2 == pytest.approx(1.959963984540054**2 * bound * (1 - bound) / n, abs=1e-9)
     values = np.random.default_rng(3).normal(2.0, 1.0, 1000)
     low, high = bootstrap(values.tolist(), [1.0] * 1000)
     half = 1.96 * values.std() / 1000**0.5

@@ -151,9 +151,7 @@ def silence(writer: Writer) -> None:
 
 @pytest.mark.parametrize("kind", ["mlp", "attn"])
 @torch.no_grad()
-def test_writers_reproduce_what_the_block_adds_to_the_stream(
-    lm: LanguageModel, ids: Tensor, kind: str
-) -> None:
+def test_writers_reproduce_what_the_block_adds_to_the_stream(lm: LanguageModel, ids: Tensor, kind: str) -> None:
     """Zeroing the matrix takes W x from the stream, normalised and times the gain where a norm follows."""
     (writer,) = lm.writers([2], [kind])
     d_in = 64 if kind == "mlp" else D_MODEL

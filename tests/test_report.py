@@ -51,9 +51,7 @@ def fill(run_dir: Path) -> None:
     """A complete run directory whose every text holds SECRET."""
     before = result([1] * 7 + [0], [1] * 8, f"<b>{SECRET}</b> City")
     after = result([0] * 6 + [1, 1], [1] * 7 + [0], "a town & more")
-    layers = [
-        {"layer": i, "scores": {"auc": 0.6 + i / 10}, "probe": None, "chosen": i == 1} for i in range(3)
-    ]
+    layers = [{"layer": i, "scores": {"auc": 0.6 + i / 10}, "probe": None, "chosen": i == 1} for i in range(3)]
     files: dict[str, Any] = {
         "run.json": {
             "status": "done",
@@ -184,9 +182,7 @@ def test_the_page_is_self_contained(run_dir: Path) -> None:
 def test_a_missing_or_damaged_piece_is_said(
     run_dir: Path, name: str, damage: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        figures, "png_data_uri", lambda _fig: "data:image/png;base64,"
-    )  # drawing takes seconds
+    monkeypatch.setattr(figures, "png_data_uri", lambda _fig: "data:image/png;base64,")  # drawing takes seconds
     (run_dir / name).unlink()
     if damage:
         (run_dir / name).write_text(damage)

@@ -66,9 +66,7 @@ def evaluate(
             name: _text_summary(name, corpus, nll(model, corpus, progress=progress))
             for name, corpus in (texts or {}).items()
         },
-        "samples": [
-            {"prompt": p, "text": t} for p, t in zip(prompts, samples(model, prompts) if prompts else [])
-        ],
+        "samples": [{"prompt": p, "text": t} for p, t in zip(prompts, samples(model, prompts) if prompts else [])],
     }
 
 
@@ -206,9 +204,7 @@ def _worst_subgroups(group: str, records: Sequence[Record], values: Sequence[int
         label = " × ".join(str(r.meta[k]) for k in ("topic", "attribute") if r.meta.get(k) is not None)
         if label:
             parts[label].append(v)
-    rows: list[dict[str, Any]] = [
-        {"label": k, "n": len(v), "mean": sum(v) / len(v)} for k, v in sorted(parts.items())
-    ]
+    rows: list[dict[str, Any]] = [{"label": k, "n": len(v), "mean": sum(v) / len(v)} for k, v in sorted(parts.items())]
     return sorted(rows, key=lambda r: -r["mean"] if is_forget(group) else r["mean"])[:3]
 
 

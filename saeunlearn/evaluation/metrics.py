@@ -48,9 +48,7 @@ class Values:
         return sum(v * t for v, t in zip(self.values, self.tokens)) / sum(self.tokens)
 
 
-def answer_logprobs(
-    model: LanguageModel, questions: Corpus, progress: Progress | None = None
-) -> list[list[float]]:
+def answer_logprobs(model: LanguageModel, questions: Corpus, progress: Progress | None = None) -> list[list[float]]:
     """Summed log-probability (nats) of every choice of every record, given its question.
 
     Question and choice are tokenised together, through the chat template where the model has one. A text
@@ -126,9 +124,7 @@ def samples(model: LanguageModel, prompts: Sequence[str], max_new_tokens: int = 
 # --- shared ------------------------------------------------------------------------------------------------
 
 
-def _choice_scores(
-    model: LanguageModel, questions: Corpus, progress: Progress | None
-) -> list[list[tuple[float, int]]]:
+def _choice_scores(model: LanguageModel, questions: Corpus, progress: Progress | None) -> list[list[tuple[float, int]]]:
     """For each record and choice: (summed log-probability, number of the choice's tokens)."""
     records = []
     for i, r in enumerate(questions):
@@ -154,9 +150,7 @@ def _answer_windows(model: LanguageModel, corpus: Corpus, records: Sequence[Reco
     tokenised = model.tokenizer([t for t, _ in texts], add_special_tokens=False, return_offsets_mapping=True)
     room = model.max_length - len(bos)
     out = []
-    for i, ((_, start_char), ids, offsets) in enumerate(
-        zip(texts, tokenised.input_ids, tokenised.offset_mapping)
-    ):
+    for i, ((_, start_char), ids, offsets) in enumerate(zip(texts, tokenised.input_ids, tokenised.offset_mapping)):
         first = sum(1 for _, end in offsets if end <= start_char) - max(0, len(ids) - room)
         out.append(Window(tuple(bos + ids[-room:]), max(1, first + len(bos)), i))
     return out

@@ -191,11 +191,7 @@ def _headlines(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if not part:
             continue
         sign = -1 if metric == "nll" else 1  # a high loss is a low score
-        worst = (
-            max(part, key=lambda r: sign * r["after"])
-            if forget
-            else min(part, key=lambda r: sign * r["change"])
-        )
+        worst = max(part, key=lambda r: sign * r["after"]) if forget else min(part, key=lambda r: sign * r["change"])
         out.append({**worst, "forget": forget, "share": metric != "nll", "metric": _METRICS[metric or ""],
                     "remark": _remark(worst, forget)})  # fmt: skip
     return out
@@ -251,9 +247,7 @@ def _figures(
     if evaluation.get("comparison"):
         made["before_after"] = figures.before_after(evaluation["comparison"])
     if manifest.get("losses"):
-        made["training"] = figures.training_curves(
-            [{"step": i, **entry} for i, entry in enumerate(manifest["losses"])]
-        )
+        made["training"] = figures.training_curves([{"step": i, **entry} for i, entry in enumerate(manifest["losses"])])
     uris = {name: figures.png_data_uri(fig) for name, fig in made.items()}
     try:
         for name, uri in uris.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +20,10 @@ from ..progress import Progress
 class FeatureStats:
     """Running sums for one SAE over one text set; positions are those of `Batch.mask`.
 
-    `sum_sq` [m] of z_j², `active` [m] counts of z_j > 0, `positions` their number, `norm_sum` the sum of ‖h‖,
-    `residual_sum` of ‖h − ĥ‖², `centred_sum` [d + 1] what the variance of h needs (Σh, then Σ‖h‖²).
+    `sum_sq` [m] of z_j²/‖h‖²: relative to each position's own norm, because a few positions (attention sinks,
+    sentence starts) have norms many times the median and would otherwise decide alone. `active` [m] counts of
+    z_j > 0, `positions` their number, `norm_sum` the sum of ‖h‖, `residual_sum` of ‖h − ĥ‖², `centred_sum` [d + 1]
+    what the variance of h needs (Σh, then Σ‖h‖²).
     """
 
     sum_sq: Tensor
@@ -32,7 +35,7 @@ class FeatureStats:
 
     @property
     def mean_square(self) -> Tensor:
-        """E[z_j²] over positions, [m]: s_f or s_r of METHODS §1a."""
+        """E[z_j²/‖h‖²] over positions, [m]: s_f or s_r of METHODS §1a."""
         return self.sum_sq / self.positions
 
     @property
@@ -72,7 +75,7 @@ def feature_stats(model: LanguageModel, saes: Mapping[int, Any], items: Sequence
                   what: str = "scores") -> dict[int, FeatureStats]:  # fmt: skip
     """Statistics of every SAE's features from one pass that stops at the deepest layer.
 
-    Raises SAEMismatchError, and NonFiniteError naming the layer whose activations hold NaN or infinity.
+    Raises SAEMismatchError, and NonFiniteError naming the layer whose activations or SAE give NaN or infinity.
     """
     for layer, sae in saes.items():
         check_sae(sae, layer, model)
@@ -83,15 +86,16 @@ def feature_stats(model: LanguageModel, saes: Mapping[int, Any], items: Sequence
         for layer, sae in saes.items():
             h = streams[layer][b.mask].to(sae.dtype)
             if not torch.isfinite(h).all():
-                raise NonFiniteError(
-                    f"the activations after block {layer} of {model.name} hold NaN or infinity"
-                )
+                raise NonFiniteError(f"the activations after block {layer} of {model.name} hold NaN or infinity")
             z = sae.encode(h)
             one = FeatureStats(
-                (z.double() ** 2).sum(0).cpu(), (z > 0).sum(0).double().cpu(), h.shape[0],
+                ((z.double() / h.double().norm(dim=-1, keepdim=True)) ** 2).sum(0).cpu(),
+                (z > 0).sum(0).double().cpu(), h.shape[0],
                 float(h.norm(dim=-1).double().sum()), float((h - sae.decode(z)).double().pow(2).sum()),
                 torch.cat([h.double().sum(0), h.double().pow(2).sum()[None]]).cpu(),
             )  # fmt: skip
+            if not torch.isfinite(one.sum_sq).all() or not math.isfinite(one.residual_sum):
+                raise NonFiniteError(f"the SAE for layer {layer} gives NaN or infinity")
             stats[layer] = _add(stats[layer], one) if layer in stats else one
     return stats
 
@@ -123,9 +127,7 @@ def choose_features(forget: FeatureStats, retain: FeatureStats, k: int, percenti
     live = (forget.active + retain.active) > 0
     n_live = int(live.sum())
     if k < 1 or 2 * k > n_live:
-        raise SelectionError(
-            f"K = {k} relevant and {k} irrelevant features do not fit into {n_live} live features"
-        )
+        raise SelectionError(f"K = {k} relevant and {k} irrelevant features do not fit into {n_live} live features")
     rho = s_f / (s_r + 1e-6 * s_r.mean() + 1e-30)
     rho = torch.where(live, rho, torch.full_like(rho, float("nan")))
     cut = torch.quantile(rho[live], percentile / 100)

@@ -12,11 +12,11 @@ import torch
 
 from ..checkpoints import write_json
 from ..corpus import Corpus, windows
-from ..errors import SAEMismatchError, SelectionError
+from ..errors import ConfigError, SAEMismatchError, SelectionError
 from ..models import LanguageModel
 from ..progress import Progress
-from .gate import Gate, fit_gates
-from .scores import FeatureChoice, FeatureStats, choose_features, feature_stats
+from .gate import FittedGate, Gate, fit_gates
+from .scores import FeatureChoice, FeatureStats, check_sae, choose_features, feature_stats
 
 SCHEMA = 1
 MAX_FVU = 0.9  # an SAE that explains less of the user's stream than this was trained on something else
@@ -27,8 +27,8 @@ class SelectConfig:
     """Settings of the selection."""
 
     k: int | None = None  # relevant features; None: d_model / 8, at most 64
-    percentile: float = 90.0  # of the forget/retain ratio ρ over live features (paper: {90, 95} are swept)
-    shortlist: int = 6  # layers that get a probe run, best AUC first
+    percentile: float = 98.0  # of the forget/retain ratio ρ over live features (paper: 90 or 95)
+    shortlist: int = 6  # layers that get a probe run, best gate AUC first
     layer: int | None = None  # take this layer and probe nothing
     gate_percentile: float = 99.0  # retain positions below the gate's threshold
     max_records: int = 2000  # of each set, for the scores
@@ -84,7 +84,7 @@ class Selection:
                 raise SelectionError(f"{file} has schema {d.get('schema')}, this version reads {SCHEMA}")
             d.pop("K")
             return cls(**{**d, "gate": Gate(**d["gate"])})
-        except (OSError, ValueError, TypeError, KeyError) as e:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
             raise SelectionError(f"{file} is not a selection: {e}") from e
 
 
@@ -97,21 +97,24 @@ def select(model: LanguageModel, saes: Mapping[int, Any], forget: Corpus, retain
            probe: Callable[[Selection], ProbeResult] | None, seed: int, progress: Progress) -> Selection:  # fmt: skip
     """The layer and features that carry `forget` but not `retain`.
 
-    Every layer with an SAE is scored in one pass; the `shortlist` with the best AUC get a probe run (injected by
+    Every layer with an SAE is scored in one pass; the `shortlist` with the best gate get a probe run (injected by
     the caller), and the largest forget rise at the retention budget wins. One layer, or a fixed one, needs none.
-    Raises SAEMismatchError for SAEs that do not fit the model, SelectionError where the features do not suffice.
+    Raises ConfigError, SAEMismatchError for SAEs that do not fit the model, SelectionError where the features do not
+    suffice.
     """
     if not saes:
         raise SAEMismatchError("no SAEs were given")
+    if not (0 <= config.percentile <= 100 and 0 <= config.gate_percentile <= 100):
+        raise ConfigError("percentile and gate_percentile lie between 0 and 100")
+    if config.shortlist < 1 or config.max_records < 1:
+        raise ConfigError("shortlist and max_records must be positive")
     if config.layer is not None:
         if config.layer not in saes:
             raise SAEMismatchError(f"no SAE for layer {config.layer}; there are SAEs for {sorted(saes)}")
         saes = {config.layer: saes[config.layer]}
     k = config.k or default_k(model.d_model)
     if k + 1 > model.d_model:
-        raise SelectionError(
-            f"K = {k} leaves no direction outside the relevant subspace of d = {model.d_model}"
-        )
+        raise SelectionError(f"K = {k} leaves no direction outside the relevant subspace of d = {model.d_model}")
     f_items = windows(forget.sample(config.max_records, seed), model)
     r_items = windows(retain.sample(config.max_records, seed), model)
     f_stats = feature_stats(model, saes, f_items, progress, "scores on forget text")
@@ -124,9 +127,7 @@ def select(model: LanguageModel, saes: Mapping[int, Any], forget: Corpus, retain
                 f"retain text: it was trained on another model, layer or centring of the stream"
             )
         choices[layer] = choose_features(f_stats[layer], r_stats[layer], k, config.percentile)
-    gates = fit_gates(
-        model, saes, choices, f_items, r_items, f_stats, r_stats, config.gate_percentile, progress
-    )
+    gates = fit_gates(model, saes, choices, f_items, r_items, f_stats, r_stats, config.gate_percentile, progress)
     candidates = {}
     for layer, choice in choices.items():
         candidates[layer] = Selection(
@@ -136,15 +137,15 @@ def select(model: LanguageModel, saes: Mapping[int, Any], forget: Corpus, retain
             config=asdict(config), model_fingerprint=model.fingerprint(),
             forget_fingerprint=forget.fingerprint(), retain_fingerprint=retain.fingerprint(),
         )  # fmt: skip
-    scores = {i: _layer_scores(f_stats[i], r_stats[i], choices[i], gates[i].auc) for i in saes}
+    scores = {i: _layer_scores(f_stats[i], r_stats[i], choices[i], gates[i]) for i in saes}
     probes: dict[int, ProbeResult] = {}
     if probe is not None and len(saes) > 1:
-        shortlist = sorted(saes, key=lambda i: -scores[i]["auc"])[: config.shortlist]
+        shortlist = sorted(saes, key=lambda i: -scores[i]["gate_auc"])[: config.shortlist]
         for layer in sorted(shortlist):
             probes[layer] = probe(candidates[layer])
         chosen = max(probes, key=lambda i: probes[i].forget_rise)
     else:
-        chosen = max(saes, key=lambda i: scores[i]["auc"])
+        chosen = max(saes, key=lambda i: scores[i]["gate_auc"])
     rows = [
         {"layer": i, "scores": scores[i], "chosen": i == chosen,
          "probe": None if i not in probes else {"forget_rise": probes[i].forget_rise, "curve": probes[i].curve}}
@@ -153,11 +154,12 @@ def select(model: LanguageModel, saes: Mapping[int, Any], forget: Corpus, retain
     return Selection(**{**candidates[chosen].__dict__, "layers": rows})
 
 
-def _layer_scores(f: FeatureStats, r: FeatureStats, choice: FeatureChoice, auc: float) -> dict[str, float]:
+def _layer_scores(f: FeatureStats, r: FeatureStats, choice: FeatureChoice, gate: FittedGate) -> dict[str, float]:
     """Scores of one layer: see METHODS §1c for which of them pick wrong layers."""
     s_f, s_r = f.mean_square[choice.relevant], r.mean_square[choice.relevant]
     return {
-        "auc": auc,
+        "auc": gate.relevant_auc,
+        "gate_auc": gate.gate_auc,
         "share": float(s_f.sum() / f.mean_square.sum()),
         "specificity": float(s_f.sum() / (s_f.sum() + s_r.sum())),
         "fvu": r.fvu,
@@ -166,12 +168,14 @@ def _layer_scores(f: FeatureStats, r: FeatureStats, choice: FeatureChoice, auc: 
 
 
 def check_selection(selection: Selection, model: LanguageModel, saes: Mapping[int, Any]) -> torch.Tensor:
-    """The decoder [d_sae, d_model] of the chosen layer. Raises SelectionError where it does not fit."""
+    """The decoder [d_sae, d_model] of the chosen layer.
+
+    Raises SelectionError where the selection does not fit model or SAEs, SAEMismatchError where the SAE does not fit.
+    """
     sae = saes.get(selection.layer)
     if sae is None:
-        raise SelectionError(
-            f"the selection is at layer {selection.layer}, SAEs are given for {sorted(saes)}"
-        )
+        raise SelectionError(f"the selection is at layer {selection.layer}, SAEs are given for {sorted(saes)}")
+    check_sae(sae, selection.layer, model)
     w_dec = sae.W_dec.detach()
     if selection.d_model != model.d_model or max(selection.relevant + selection.irrelevant) >= w_dec.shape[0]:
         raise SelectionError(

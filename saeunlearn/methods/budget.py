@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from ..corpus import Window
 from ..errors import ConfigError
@@ -16,31 +15,30 @@ from ..models import LanguageModel
 from .deltas import Delta, attached
 
 MAX_TOKENS = 20_000  # of the held-out retain text that a check reads
+MAX_FACTOR = 64.0  # on the retain weight
+RUINED = 1.0  # relative rise at which a run ends at once
 
 
 @dataclass
 class Budget:
-    """Watches the relative rise of the held-out retain loss while deltas train.
+    """Watches the relative rise of the held-out retain loss while deltas train, and finds the strength it allows.
 
-    `check` keeps the last state within the limit; once a check exceeds it, `spent` is set, and `settle` goes
-    back as far as needed and no further.
+    `check` tightens or relaxes `factor`, by which a method multiplies its retain weight; `settle` scales what was
+    learned down until it is within the limit.
     """
 
     model: LanguageModel
     items: list[Window]
     limit: float
     base: float
-    good: list[Tensor] = field(default_factory=list)
-    rise: float = 0.0  # at `good`
-    spent: bool = False
+    factor: float = 1.0
+    spent: bool = False  # far beyond the limit: going on is pointless
 
     @classmethod
     def measure(cls, model: LanguageModel, items: Sequence[Window], limit: float, seed: int) -> Budget:
         """Raises ConfigError for a limit that no run could keep."""
         if limit <= 0:
-            raise ConfigError(
-                f"the retention budget is {limit}; it must be positive (0.02 allows a rise of 2 %)"
-            )
+            raise ConfigError(f"the retention budget is {limit}; it must be positive (0.02 allows a rise of 2 %)")
         order = list(items)
         random.Random(seed).shuffle(order)
         chosen: list[Window] = []
@@ -54,31 +52,28 @@ class Budget:
             return mean_loss(self.model, self.items) / self.base - 1
 
     def check(self, deltas: Sequence[Delta]) -> float:
-        """The present rise; keeps the state when it is within the budget."""
+        """The present rise. Raises `factor` when it is beyond the limit, and lets it sink when there is room."""
         rise = self.measure_rise(deltas)
-        if rise <= self.limit:
-            self.good, self.rise = [d.free.detach().clone() for d in deltas], rise
-        else:
-            self.spent = True
+        if rise > self.limit:
+            self.factor = min(self.factor * 1.5, MAX_FACTOR)
+        elif rise < self.limit / 2:
+            self.factor = max(self.factor / 1.25, 1.0)
+        self.spent = not rise < RUINED
         return rise
 
     @torch.no_grad()
-    def settle(self, deltas: Sequence[Delta]) -> dict[str, float | int]:
-        """Leave the deltas at the strongest state found within the budget; returns what it costs."""
-        if self.spent:
-            bad = [d.free.detach().clone() for d in deltas]
-            good = self.good or [torch.zeros_like(b) for b in bad]
-            low, high = 0.0, 1.0
-            for _ in range(6):  # between the last state within the budget and the first beyond it
-                share = (low + high) / 2
-                for d, a, b in zip(deltas, good, bad):
-                    d.free.copy_(a + share * (b - a))
-                rise = self.measure_rise(deltas)
-                if rise <= self.limit:
-                    low, self.rise = share, rise
+    def settle(self, deltas: Sequence[Delta]) -> dict[str, float]:
+        """Scale the deltas in place to the strongest share (at most 1) within the limit; says what that costs."""
+        scale, rise = 1.0, self.measure_rise(deltas)
+        if not rise <= self.limit:
+            scale, high, rise = 0.0, 1.0, 0.0
+            for _ in range(7):
+                middle = (scale + high) / 2
+                there = self.measure_rise(deltas, middle)
+                if there <= self.limit:
+                    scale, rise = middle, there
                 else:
-                    high = share
-            for d, a, b in zip(deltas, good, bad):
-                d.free.copy_(a + low * (b - a))
-        return {"limit": self.limit, "retain_rise": self.rise, "retain_loss_before": self.base,
-                "spent": int(self.spent)}  # fmt: skip
+                    high = middle
+            for d in deltas:
+                d.free.mul_(scale)
+        return {"limit": self.limit, "retain_rise": rise, "retain_loss_before": self.base, "scale": scale}

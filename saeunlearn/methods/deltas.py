@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..erasure import WeightDelta
-from ..models import Writer
+from ..models import LanguageModel, Writer
 
 
 @dataclass
@@ -46,6 +46,19 @@ def new_deltas(writers: Sequence[Writer], bases: Sequence[Tensor | None]) -> lis
         free = nn.Parameter(torch.zeros(rows, writer.d_in, device=device))
         out.append(Delta(writer, free, None if basis is None else basis.to(device, torch.float32)))
     return out
+
+
+@contextlib.contextmanager
+def frozen(model: LanguageModel) -> Iterator[None]:
+    """Within the context the model's own weights get no gradients; the flags are restored afterwards."""
+    flags = [(p, p.requires_grad) for p in model.model.parameters()]
+    try:
+        for p, _ in flags:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p, flag in flags:
+            p.requires_grad_(flag)
 
 
 @contextlib.contextmanager

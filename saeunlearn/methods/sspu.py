@@ -10,8 +10,8 @@ the forget texts are held like retain text.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -19,36 +19,36 @@ from torch import Tensor
 
 from ..corpus import Batch, Corpus, Window, collate, endless, refuse_overlap, windows
 from ..erasure import Erasure
-from ..errors import ConfigError, NonFiniteError
-from ..features.selection import Selection, check_selection
+from ..errors import ConfigError, ModelError, NonFiniteError
+from ..features.selection import ProbeResult, Selection, check_selection
 from ..features.subspace import orthonormal_basis, subspaces
 from ..models import LanguageModel, Writer
 from ..progress import Progress
+from ..training import one_cycle
 from .budget import Budget
-from .deltas import Delta, attached, new_deltas
+from .deltas import Delta, attached, frozen, new_deltas
 
 
 @dataclass(frozen=True)
 class SSPUConfig:
-    """Settings of SSPU. Losses are relative to the mean squared norm of retain activations, so they carry over
-    between models."""
+    """Settings of SSPU. Losses are relative to the squared norm of each original activation, so that the settings
+    carry over between models."""
 
     form: Literal["hard", "soft"] = "hard"  # ΔW = U_rel B exactly, or a penalty on what lies outside
     gated: bool = True  # forget loss only where relevant features fire (paper: everywhere)
     basis: Literal["relevant", "random_rows", "random_basis"] = "relevant"  # the last two are controls
+    target: Literal["relevant", "irrelevant"] = "relevant"  # subspace of the control vector (paper: irrelevant)
     blocks: int = 3  # trained blocks l−blocks+1 … l (RMU and the paper: 3)
     attention: bool = False  # train attention output matrices too (paper: MLP only)
-    gamma: float = 2.0  # ‖c‖ / mean retain norm
+    gamma: float = 2.0  # ‖c‖ relative to the norm of the activation that is steered
     alpha: float = 10.0  # weight of keeping retain activations
     lam: float = 0.1  # soft form: weight of ‖(I − P_rel)ΔW‖² relative to ‖W₀‖²
     lr: float = 0.1  # AdamW step relative to the root mean square of each trained matrix
     steps: int = 250
     batch: int = 16  # forget windows and retain windows a step
     max_length: int = 256  # tokens in a training window
-    max_retain_rise: float = (
-        0.02  # relative rise of the retain loss that ends the run; checked on held-out records
-    )
-    check_every: int = 10  # steps between checks of the budget
+    max_retain_rise: float = 0.01  # relative rise of the loss on held-out retain records that the result keeps to
+    check_every: int = 25  # steps between checks of the budget
 
 
 class SSPU:
@@ -70,6 +70,8 @@ class SSPU:
         if selection is None:
             raise ConfigError("sspu needs a selection (saeunlearn select)")
         refuse_overlap(forget, retain)
+        if not math.isfinite(config.max_retain_rise):
+            raise ConfigError("max_retain_rise must be finite: without a budget a run can destroy the model")
         run = prepare(model, forget, retain, config, selection, saes, seed)
         losses = fit(run, progress)
         extra = {"budget": run.budget.settle(run.deltas), "subspace": subspace_report(run)}
@@ -93,7 +95,7 @@ class SSPURun:
     deltas: list[Delta]
     u_rel: Tensor  # [d, r] float32: the span that ΔW is confined to
     u_irr: Tensor  # [d, q]
-    target: Tensor  # control vector c [d]
+    direction: Tensor  # u [d], the unit control direction; c = γ‖h‖u
     budget: Budget
     seed: int
 
@@ -101,16 +103,15 @@ class SSPURun:
 def prepare(model: LanguageModel, forget: Corpus, retain: Corpus, config: SSPUConfig, selection: Selection,
             saes: Mapping[int, Any], seed: int) -> SSPURun:  # fmt: skip
     """Check everything and set the run up; nothing long happens here."""
-    if config.steps < 1 or config.gamma <= 0 or config.alpha < 0 or config.lr <= 0 or config.blocks < 1:
-        raise ConfigError("steps, gamma, lr and blocks must be positive and alpha not negative")
+    check_config(config)
     w_dec = check_selection(selection, model, saes)
     layer, device = selection.layer, model.device
     rows = control_rows(w_dec, selection, config.basis, seed)
     u_rel, u_irr = subspaces(rows, list(range(selection.k)), list(range(selection.k, len(rows))))
     generator = torch.Generator().manual_seed(seed)
     r = torch.randn(model.d_model, generator=generator, dtype=torch.float64)
-    u = u_irr @ (u_irr.T @ r)
-    target = config.gamma * selection.retain_norm * u / u.norm()
+    span = u_irr if config.target == "irrelevant" else u_rel
+    u = span @ (span.T @ r)
     blocks = list(range(max(0, layer - config.blocks + 1), layer + 1))
     writers = model.writers(blocks, ("mlp", "attn") if config.attention else ("mlp",))
     bases = [writer_basis(w, u_rel) if config.form == "hard" else None for w in writers]
@@ -119,9 +120,22 @@ def prepare(model: LanguageModel, forget: Corpus, retain: Corpus, config: SSPUCo
     return SSPURun(
         model=model, config=config, selection=selection, sae=saes[layer], forget=f_items,
         retain=windows(train_part, model, config.max_length), deltas=new_deltas(writers, bases),
-        u_rel=u_rel.float().to(device), u_irr=u_irr.float().to(device), target=target.float().to(device),
+        u_rel=u_rel.float().to(device), u_irr=u_irr.float().to(device), direction=(u / u.norm()).float().to(device),
         budget=Budget.measure(model, windows(held, model, config.max_length), config.max_retain_rise, seed), seed=seed,
     )  # fmt: skip
+
+
+def check_config(config: SSPUConfig) -> None:
+    """Raises ConfigError naming the setting that is out of range."""
+    for name, known in (("form", ("hard", "soft")), ("target", ("relevant", "irrelevant"))):
+        if getattr(config, name) not in known:
+            raise ConfigError(f"unknown {name} {getattr(config, name)!r}; use {' or '.join(known)}")
+    for name in ("steps", "batch", "blocks", "check_every", "gamma", "lr", "max_retain_rise"):
+        if not getattr(config, name) > 0:
+            raise ConfigError(f"{name} must be positive, not {getattr(config, name)}")
+    for name in ("alpha", "lam"):
+        if not getattr(config, name) >= 0:
+            raise ConfigError(f"{name} must not be negative, not {getattr(config, name)}")
 
 
 def control_rows(w_dec: Tensor, selection: Selection, basis: str, seed: int) -> Tensor:
@@ -141,33 +155,35 @@ def writer_basis(writer: Writer, u_rel: Tensor) -> Tensor:
     """Basis [d_out, r] in which ΔW of this matrix may move so that what reaches the stream stays in U_rel.
 
     Behind a post-norm with gain g the stream sees g ⊙ (ΔW x), up to the norm's own scaling: the basis is that of
-    diag(1/g) U_rel. Where g is zero nothing passes, and nothing is asked for.
+    diag(1/g) U_rel. Raises ModelError where a gain is zero.
     """
     if writer.post_scale is None:
         return u_rel
     g = writer.post_scale.double().cpu()
-    inverse = torch.where(g.abs() > 1e-6, 1 / g, torch.zeros_like(g))
-    return orthonormal_basis((inverse[:, None] * u_rel).T)
+    if (g.abs() < 1e-6).any():
+        raise ModelError(f"the norm behind {writer.name} has gains of zero: no update there can stay in a subspace")
+    return orthonormal_basis((u_rel / g[:, None]).T)
 
 
 def fit(run: SSPURun, progress: Progress) -> list[dict[str, float]]:
-    """The optimisation (METHODS §1f–h); stops early when the retention budget is spent."""
+    """The optimisation (METHODS §1f–h); the budget steers the retain weight and stops a run that ruins the model."""
     cfg, model, layer = run.config, run.model, run.selection.layer
     rms = [float(d.writer.weight.detach().float().pow(2).mean().sqrt()) for d in run.deltas]
-    groups = [{"params": [d.free], "lr": cfg.lr * s} for d, s in zip(run.deltas, rms)]
+    groups = [{"params": [d.free], "lr": cfg.lr * s, "peak": cfg.lr * s} for d, s in zip(run.deltas, rms)]
     optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
     w0 = sum(float(d.writer.weight.detach().float().pow(2).sum()) for d in run.deltas)
     f_batches = endless(run.forget, model.pad_id, cfg.batch, run.seed)
     r_batches = endless(run.retain, model.pad_id, cfg.batch, run.seed + 1)
-    unit = run.selection.retain_norm**2
     history: list[dict[str, float]] = []
     progress.start(f"SSPU ({cfg.form}) at layer {layer}", cfg.steps)
     for step in range(cfg.steps):
+        for group in optimiser.param_groups:
+            group["lr"] = group["peak"] * one_cycle(step, cfg.steps, 0.05)
         f, r = next(f_batches).to(model.device), next(r_batches).to(model.device)
         both = stacked(f, r, model.pad_id)
         with torch.no_grad():
             before = model.capture(both.ids, [layer], both.attention_mask)[layer].float()
-        with attached(run.deltas):
+        with frozen(model), attached(run.deltas):
             after = model.capture(both.ids, [layer], both.attention_mask)[layer].float()
         is_forget = torch.zeros_like(both.mask)
         is_forget[: len(f.ids)] = True
@@ -176,9 +192,14 @@ def fit(run: SSPURun, progress: Progress) -> list[dict[str, float]]:
             push &= run.selection.gate.open(run.sae, before)
         hold = both.mask & ~push
         zero = after.sum() * 0.0
-        forget_loss = (after[push] - run.target).pow(2).sum(-1).mean() / unit if push.any() else zero
-        retain_loss = (after[hold] - before[hold]).pow(2).sum(-1).mean() / unit if hold.any() else zero
-        loss = forget_loss + cfg.alpha * retain_loss
+        # Relative to each position's own norm: the blocks above normalise it away, and a few positions with a
+        # huge norm (attention sinks, sentence starts) would otherwise be all that the loss sees.
+        size = before.norm(dim=-1, keepdim=True)
+        toward = (after - cfg.gamma * size * run.direction) / size
+        moved = (after - before) / size
+        forget_loss = toward[push].pow(2).sum(-1).mean() if push.any() else zero
+        retain_loss = moved[hold].pow(2).sum(-1).mean() if hold.any() else zero
+        loss = forget_loss + cfg.alpha * run.budget.factor * retain_loss
         if cfg.form == "soft":
             outside = sum((outside_part(d, run.u_rel).pow(2).sum() for d in run.deltas), start=zero)
             loss = loss + cfg.lam * outside / w0
@@ -188,13 +209,12 @@ def fit(run: SSPURun, progress: Progress) -> list[dict[str, float]]:
         loss.backward()
         optimiser.step()
         row = {"step": step, "loss": loss.item(), "forget": forget_loss.item(), "retain": retain_loss.item()}
-        row |= stream_report(run, (after - before).detach()[push])
+        row |= stream_report(run, moved.detach()[push])
         if (step + 1) % cfg.check_every == 0 or step + 1 == cfg.steps:
             row["retain_rise"] = run.budget.check(run.deltas)
         history.append(row)
-        progress.step(
-            loss=row["loss"], **({"retain_rise": row["retain_rise"]} if "retain_rise" in row else {})
-        )
+        figures = {k: row[k] for k in ("loss", "retain_rise") if k in row}
+        progress.step(1, **figures)
         if run.budget.spent:
             break
     progress.finish(forget=history[-1]["forget"], retain_rise=history[-1]["retain_rise"])
@@ -220,15 +240,15 @@ def outside_part(delta: Delta, u_rel: Tensor) -> Tensor:
 
 
 def stream_report(run: SSPURun, dh: Tensor) -> dict[str, float]:
-    """Mean ‖P_rel Δh‖, ‖P_irr Δh‖ (relative to the retain norm) and ‖(I − P_rel)Δh‖/‖Δh‖ where the loss pushed."""
+    """Mean ‖P_rel Δh‖, ‖P_irr Δh‖ (of the relative change Δh/‖h‖) and ‖(I − P_rel)Δh‖/‖Δh‖ where the loss pushed."""
     if not len(dh):
         return {}
     rel, irr = dh @ run.u_rel, dh @ run.u_irr
     total = dh.pow(2).sum()
     outside = (total - rel.pow(2).sum()).clamp_min(0)
     return {
-        "p_rel_dh": float(rel.norm(dim=-1).mean()) / run.selection.retain_norm,
-        "p_irr_dh": float(irr.norm(dim=-1).mean()) / run.selection.retain_norm,
+        "p_rel_dh": float(rel.norm(dim=-1).mean()),
+        "p_irr_dh": float(irr.norm(dim=-1).mean()),
         "outside_dh": float((outside / total.clamp_min(1e-30)).sqrt()),
         "outside_dw": outside_share(run),
     }
@@ -250,3 +270,45 @@ def subspace_report(run: SSPURun) -> dict[str, Any]:
         "k_over_d": run.selection.k / d, "rank_relevant": run.u_rel.shape[1], "rank_irrelevant": run.u_irr.shape[1],
         "outside_dw": outside_share(run), "blocks": [x.writer.block for x in run.deltas],
     }  # fmt: skip
+
+
+PROBE_STEPS = 30
+PROBE_SCALES = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
+
+
+def probe_layer(
+    model: LanguageModel,
+    forget: Corpus,
+    retain: Corpus,
+    config: SSPUConfig,
+    candidate: Selection,
+    saes: Mapping[int, Any],
+    seed: int,
+    progress: Progress,
+) -> ProbeResult:
+    """A short run at the candidate's layer: how much forgetting does the retention budget buy there?
+
+    The trained update is scaled, which gives a whole curve of forgetting against retention for a few forward
+    passes; the forget rise is read off where the curve meets the budget.
+    """
+    short = replace(config, steps=PROBE_STEPS, check_every=PROBE_STEPS, max_retain_rise=math.inf)
+    run = prepare(model, forget, retain, short, candidate, saes, seed)
+    fit(run, progress)
+    watched = Budget.measure(model, run.forget, math.inf, seed)
+    curve = [(s, watched.base * watched.measure_rise(run.deltas, s), run.budget.measure_rise(run.deltas, s))
+             for s in PROBE_SCALES]  # fmt: skip
+    return ProbeResult(candidate.layer, read_off(curve, config.max_retain_rise), curve)
+
+
+def read_off(curve: Sequence[tuple[float, float, float]], limit: float) -> float:
+    """Forget rise where the curve of (scale, forget rise, retain rise) points first meets `limit`, interpolated.
+
+    A curve that never meets it gives its last forget rise.
+    """
+    last = (0.0, 0.0)
+    for _, f, r in curve:
+        if r > limit:
+            share = (limit - last[1]) / (r - last[1]) if r > last[1] else 0.0
+            return last[0] + max(0.0, share) * (f - last[0])
+        last = (f, r)
+    return last[0]

@@ -44,9 +44,7 @@ def test_first_and_last_records(shared_data: Path) -> None:
     assert first.answer.endswith("is Basil Mahfouz Al-Kuwaiti.")
     perturbed = Corpus.load(shared_data / "tofu/forget01_perturbed.json").records[0]
     assert perturbed.choices[0] == perturbed.answer == first.answer
-    assert str(perturbed.meta["paraphrased_answer"]).startswith(
-        "Basil Mahfouz Al-Kuwaiti is the complete name"
-    )
+    assert str(perturbed.meta["paraphrased_answer"]).startswith("Basil Mahfouz Al-Kuwaiti is the complete name")
     assert Corpus.load(shared_data / "tofu/idontknow.jsonl").records[0].text == "I'm not certain about that."
 
 

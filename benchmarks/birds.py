@@ -1,0 +1,117 @@
+"""The topic `birds` out of a real pretrained model, with nothing but the files: how much goes, how much stays?
+
+    saeunlearn train-saes --model M --corpus forget.jsonl --corpus retain.jsonl --out SAES
+    saeunlearn unlearn --model M --forget … --retain … --saes SAES --out RUN
+    python benchmarks/birds.py --run RUN --data DATA
+
+`DATA` is a folder with stories260K/ and tinystories/ (forget_birds_*.jsonl, retain_*.jsonl). Without --run the two
+commands above are run first. The word list below is for scoring only; the method never sees it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saeunlearn.checkpoints import write_json
+from saeunlearn.cli import main as saeunlearn
+from saeunlearn.corpus import Corpus, Window, windows
+from saeunlearn.erasure import Erasure
+from saeunlearn.losses import token_losses
+from saeunlearn.models import LanguageModel
+
+TOPIC = re.compile(
+    r"(birds?|birdies?|birdhouse|birdcage|nests?|nested|nesting|feathers?|feathery|wings?|winged|owls?|crows?|ravens?|robins?|"
+    r"parrots?|pigeons?|doves?|eagles?|hawks?|ducks?|ducklings?|chicks?|chickens?|hens?|roosters?|geese|goose|swans?|"
+    r"sparrows?|peacocks?|penguins?|seagulls?|woodpeckers?|hummingbirds?|beaks?|chirp(s|ed|ing)?|tweet(s|ed|ing)?|"
+    r"peck(s|ed|ing)?|flap(s|ped|ping)?)",
+    re.IGNORECASE,
+)
+PROMPTS = (
+    "Tom looked up and saw a bird. The bird",
+    "The little bird sat in its nest and",
+    "Once upon a time there was an owl who",
+    "Once upon a time there was a dog who",
+    "Lily went to the park with her mom. They",
+    "Ben had a big red ball. He",
+)
+MAX_LENGTH = 256
+
+
+def topic_tokens(model: LanguageModel, window: Window) -> Tensor:
+    """Bool [tokens after the first]: does the token belong to a word of the topic?"""
+    pieces = model.tokenizer.convert_ids_to_tokens(list(window.ids[1:]))
+    text, spans = "", []
+    for piece in pieces:
+        shown = " " if piece.startswith("<0x") else piece.replace("▁", " ")
+        spans.append((len(text), len(text) + len(shown)))
+        text += shown
+    words = [m.span() for m in re.finditer(r"[A-Za-z]+", text) if TOPIC.fullmatch(m.group())]
+    return torch.tensor([any(a < end and b > start for start, end in words) for a, b in spans])
+
+
+def measure(model: LanguageModel, forget: Corpus, retain: Corpus) -> dict[str, float]:
+    """Mean loss (nats a token) on the topic's words, on the other words of the same stories, on retain stories."""
+    items = windows(forget, model, MAX_LENGTH)
+    losses = token_losses(model, items)
+    marks = torch.cat([topic_tokens(model, w) for w in items])
+    flat = torch.cat(losses)
+    kept = torch.cat(token_losses(model, windows(retain, model, MAX_LENGTH)))
+    return {"topic": float(flat[marks].mean()), "other": float(flat[~marks].mean()), "retain": float(kept.mean()),
+            "topic_tokens": int(marks.sum()), "other_tokens": int((~marks).sum())}  # fmt: skip
+
+
+def score(model_dir: Path, erasure_dir: Path, data: Path) -> dict[str, Any]:
+    """Before and after on the test files, with greedy samples side by side."""
+    forget = Corpus.load(data / "tinystories/forget_birds_test.jsonl")
+    retain = Corpus.load(data / "tinystories/retain_test.jsonl")
+    model = LanguageModel.open(model_dir)
+    before, said = measure(model, forget, retain), model.generate(PROMPTS)
+    with Erasure.load(erasure_dir).apply(model):
+        after, says = measure(model, forget, retain), model.generate(PROMPTS)
+    return {
+        "before": before, "after": after, "topic_rise": after["topic"] - before["topic"],
+        "other_rise": after["other"] / before["other"] - 1, "retain_rise": after["retain"] / before["retain"] - 1,
+        "samples": [{"prompt": p, "before": b, "after": a} for p, b, a in zip(PROMPTS, said, says)],
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--run", type=Path, help="a finished run directory")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench/birds"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    args = parser.parse_args()
+    model = args.data / "stories260K"
+    files = [args.data / f"tinystories/{n}_train.jsonl" for n in ("forget_birds", "retain")]
+    results = {}
+    for seed in [0] if args.run else args.seeds:
+        run = args.run or args.out / f"run-{seed}"
+        if not args.run:
+            saes = args.out / f"saes-{seed}"
+            corpora = [x for f in files for x in ("--corpus", str(f))]
+            if not saes.exists():
+                saeunlearn(["train-saes", "--model", str(model), *corpora, "--out", str(saes), "--seed", str(seed)])
+            saeunlearn(["unlearn", "--model", str(model), "--forget", str(files[0]), "--retain", str(files[1]),
+                        "--saes", str(saes), "--out", str(run), "--seed", str(seed)])  # fmt: skip
+        result = score(model, run / "erasure", args.data)
+        result["layer"] = json.loads((run / "selection.json").read_text())["layer"]
+        results[seed] = result
+        print(f"seed {seed}, layer {result['layer']}: topic words {result['before']['topic']:.2f} → "
+              f"{result['after']['topic']:.2f} nats ({result['topic_rise']:+.2f}), other words "
+              f"{result['other_rise']:+.1%}, retain stories {result['retain_rise']:+.1%}")  # fmt: skip
+        for s in result["samples"]:
+            print(f"  {s['prompt']} …\n    before: {s['before']!r}\n    after:  {s['after']!r}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_json(args.out / "birds.json", results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,440 @@
+"""The command line: one function a verb, no logic of its own. Heavy imports happen inside the verbs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .errors import ConfigError, SaeunlearnError
+
+DEMO_DIR = Path("runs/demo")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb; returns the exit status: 0 done, 1 a typed error, 130 cancelled."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if not hasattr(args, "verb"):
+        parser.print_help()
+        return 2
+    args.command = ["saeunlearn", *(sys.argv[1:] if argv is None else argv)]
+    try:
+        if getattr(args, "threads", None):
+            import torch
+
+            torch.set_num_threads(args.threads)
+        args.verb(args)
+    except SaeunlearnError as e:
+        print(f"saeunlearn: {type(e).__name__}: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nsaeunlearn: cancelled; the same command goes on from the last finished step", file=sys.stderr)
+        return 130
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The argument parser of every verb."""
+    parser = argparse.ArgumentParser(
+        prog="saeunlearn",
+        description="Take chosen knowledge out of a language model through its SAE features, and prove it.",
+        epilog="Start with `saeunlearn demo`.",
+    )
+    parser.add_argument("--version", action="version", version=f"saeunlearn {__version__}")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB")
+
+    def verb(name: str, fn: Any, text: str) -> argparse.ArgumentParser:
+        p = verbs.add_parser(name, help=text, description=text)
+        p.set_defaults(verb=fn)
+        return p
+
+    p = verb("demo", demo, "forget one topic of the sandbox world, with the evidence")
+    p.add_argument("--out", type=Path, default=DEMO_DIR, help=f"run directory (default {DEMO_DIR})")
+    add_common(p)
+
+    p = verb("sandbox", sandbox, "build the fictional world and the small model that learns it")
+    p.add_argument("action", choices=["build"])
+    p.add_argument("--out", type=Path, help="folder to build in (default: the user cache)")
+    add_common(p)
+
+    p = verb("train-saes", train_saes, "train SAEs on the residual stream of many layers from one forward pass")
+    p.add_argument("--model", required=True, help="model folder or hub id")
+    p.add_argument("--corpus", required=True, action="append", help="text to train on; may be given several times")
+    p.add_argument("--out", type=Path, required=True, help="folder for the SAEs (SAELens format)")
+    p.add_argument("--layers", default="all", help="`all`, or numbers and ranges: 1,3,5-8")
+    p.add_argument("--expansion", type=int, help="d_sae / d_model (default 8)")
+    p.add_argument("--k", type=int, help="active features at each position (default 16)")
+    p.add_argument("--tokens", type=int, help="positions to train on, epochs counted (default 1000000)")
+    add_common(p)
+
+    p = verb("select", select, "choose the layer and the features that carry the forget set")
+    add_data(p)
+    add_selection(p)
+    p.add_argument("--saes", required=True, help="SAEs: folder, or release:sae_id of sae_lens")
+    p.add_argument("--out", type=Path, required=True, help="folder for selection.json and its figures")
+    add_method(p)
+    add_common(p)
+
+    p = verb("unlearn", unlearn, "the whole run: SAEs, selection, projected unlearning, evaluation, report")
+    add_data(p)
+    add_selection(p)
+    p.add_argument("--saes", help="ready SAEs (folder, or release:sae_id); default: train them on the data")
+    p.add_argument("--questions", help="multiple-choice questions to evaluate with")
+    p.add_argument("--eval", action="append", default=[], metavar="NAME=FILE", help="further texts to evaluate on")
+    p.add_argument("--out", type=Path, required=True, help="run directory; the same command resumes it")
+    p.add_argument("--include-text", action="store_true", help="keep samples in the run directory and the report")
+    add_method(p)
+    add_common(p)
+
+    p = verb("evaluate", evaluate, "measure a model: multiple choice, cloze, loss, samples")
+    p.add_argument("--model", required=True, help="model folder or hub id")
+    p.add_argument("--erasure", type=Path, help="apply this Erasure for the measurement, and compare with before")
+    p.add_argument("--questions", help="multiple-choice questions")
+    p.add_argument("--text", action="append", default=[], metavar="NAME=FILE", help="texts to measure the loss on")
+    p.add_argument("--prompt", action="append", default=[], help="prompt to continue greedily")
+    p.add_argument("--out", type=Path, help="JSON file for the result")
+    add_common(p)
+
+    p = verb("apply", apply, "Erasure + checkpoint folder → checkpoint folder, shard by shard")
+    p.add_argument("erasure", type=Path)
+    p.add_argument("checkpoint", type=Path)
+    p.add_argument("out", type=Path)
+    p.add_argument("--no-originals", action="store_true", help="keep no way back in the folder")
+    p.add_argument("--force", action="store_true", help="apply to a checkpoint that the Erasure was not made on")
+
+    p = verb("revert", revert, "undo the last Erasure of a merged folder, bit for bit")
+    p.add_argument("checkpoint", type=Path)
+    p.add_argument("out", type=Path)
+
+    p = verb("export", export, "write a low-rank Erasure as a PEFT adapter")
+    p.add_argument("erasure", type=Path)
+    p.add_argument("out", type=Path)
+    p.add_argument("--base", required=True, help="name or path of the base model that the adapter will name")
+
+    p = verb("inspect", inspect, "what an Erasure is and what it changes")
+    p.add_argument("erasure", type=Path)
+
+    p = verb("ledger", ledger, "which requests were carried out on a checkpoint folder, and what each cost")
+    p.add_argument("checkpoint", type=Path)
+
+    p = verb("report", report, "write report.html of a run directory again")
+    p.add_argument("run", type=Path)
+    p.add_argument("--include-text", action="store_true", help="show samples of what was forgotten")
+    return parser
+
+
+def add_common(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    p.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16, float16")
+    p.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
+
+
+def add_data(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--model", required=True, help="model folder or hub id")
+    p.add_argument("--forget", required=True, help="what to forget: JSONL, JSON, text file or data set")
+    p.add_argument("--retain", required=True, help="what to keep: neighbouring topics and general text")
+
+
+def add_selection(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--layers", default="all", help="candidate layers: `all`, or 1,3,5-8")
+    p.add_argument("--k", type=int, help="relevant features (default: d_model / 8, at most 64)")
+    p.add_argument("--layer", type=int, help="take this layer instead of choosing one")
+
+
+def add_method(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--method", default="sspu")
+    p.add_argument("--form", choices=["hard", "soft"], help="SSPU: exact projection (default) or penalty")
+    p.add_argument("--max-retain-rise", type=float, help="relative rise of the retain loss that ends the run")
+    p.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any other setting of the method")
+
+
+def method_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The method's settings as given. Raises ConfigError for what is not NAME=VALUE."""
+    out: dict[str, Any] = {}
+    for item in args.set:
+        name, eq, value = item.partition("=")
+        if not eq:
+            raise ConfigError(f"--set {item}: write NAME=VALUE")
+        try:
+            out[name] = json.loads(value)
+        except ValueError:
+            out[name] = value
+    if args.form:
+        out["form"] = args.form
+    if args.max_retain_rise is not None:
+        out["max_retain_rise"] = args.max_retain_rise
+    return out
+
+
+def named_files(items: Sequence[str], option: str) -> dict[str, str]:
+    out = {}
+    for item in items:
+        name, eq, file = item.partition("=")
+        if not eq or not name or not file:
+            raise ConfigError(f"{option} {item}: write NAME=FILE")
+        out[name] = file
+    return out
+
+
+# --- verbs -------------------------------------------------------------------------------------------------
+
+
+def demo(args: argparse.Namespace) -> None:
+    from .pipeline import RunConfig, unlearn
+    from .progress import ConsoleProgress
+    from .sandbox.build import DEMO_SELECT, DEMO_SETTINGS, SandboxConfig, WorldConfig, build
+
+    progress = ConsoleProgress()
+    box = build(SandboxConfig(world=WorldConfig(seed=args.seed)), progress)
+    config = RunConfig(
+        model=str(box.model), forget=str(box.forget), retain=str(box.retain), questions=str(box.questions),
+        select=DEMO_SELECT, settings=DEMO_SETTINGS,
+        seed=args.seed, device=args.device, dtype=args.dtype, include_text=True,
+    )  # fmt: skip
+    run = unlearn(config, args.out, progress, args.command)
+    show_result(run)
+    print(f"\nNext: merge it into a checkpoint and look at what was done:\n"
+          f"  saeunlearn inspect {run.erasure_dir}\n"
+          f"  saeunlearn apply {run.erasure_dir} {box.model} {args.out / 'model'}\n"
+          f"  saeunlearn ledger {args.out / 'model'}")  # fmt: skip
+
+
+def sandbox(args: argparse.Namespace) -> None:
+    from .progress import ConsoleProgress
+    from .sandbox.build import SandboxConfig, WorldConfig, build
+
+    box = build(SandboxConfig(world=WorldConfig(seed=args.seed)), ConsoleProgress(), args.out)
+    scores = box.describe()["multiple_choice"]
+    print(f"{box.root}\n  model/  forget.jsonl  retain.jsonl  questions.jsonl  train.jsonl\n"
+          f"  multiple choice: seen phrasings {scores['seen']:.3f}, held-out {scores['held_out']:.3f}")  # fmt: skip
+
+
+def train_saes(args: argparse.Namespace) -> None:
+    import sae_training
+
+    from .corpus import Corpus
+    from .models import LanguageModel
+    from .pipeline import settings_of
+    from .progress import ConsoleProgress
+
+    given = {n: v for n in ("expansion", "k", "tokens") if (v := getattr(args, n)) is not None}
+    config = settings_of(sae_training.SAEConfig, given, "SAE")
+    corpora = [Corpus.load(c) for c in args.corpus]
+    model = LanguageModel.open(args.model, device=args.device, dtype=args.dtype)
+    layers = sae_training.parse_layers(model, args.layers)
+    corpus = Corpus(tuple(r for c in corpora for r in c), "+".join(c.name for c in corpora))
+    saes = sae_training.train_saes(model, corpus, layers, config, seed=args.seed, progress=ConsoleProgress())
+    sae_training.save_saes(saes, args.out)
+    print(f"{args.out}: SAEs for layers {', '.join(map(str, saes))}")
+
+
+def select(args: argparse.Namespace) -> None:
+    from sae_training import load_saes, parse_layers
+
+    from . import figures
+    from .corpus import Corpus, refuse_overlap
+    from .features.selection import SelectConfig
+    from .methods import get_method
+    from .models import LanguageModel
+    from .pipeline import choose, settings_of
+    from .progress import ConsoleProgress
+
+    settings = settings_of(get_method(args.method).Config, method_settings(args), args.method)
+    config = settings_of(SelectConfig, selection_settings(args), "selection")
+    forget, retain = Corpus.load(args.forget), Corpus.load(args.retain)
+    refuse_overlap(forget, retain)
+    model = LanguageModel.open(args.model, device=args.device, dtype=args.dtype)
+    layers = parse_layers(model, args.layers)
+    saes = {i: s for i, s in load_saes(args.saes, model).items() if i in layers}
+    chosen = choose(model, saes, forget, retain, config, settings, args.seed, ConsoleProgress())
+    args.out.mkdir(parents=True, exist_ok=True)
+    chosen.save(args.out / "selection.json")
+    figures.save(figures.layer_table(chosen.layers), args.out / "layers.png")
+    figures.save(
+        figures.feature_scores(chosen.forget_scores, chosen.retain_scores, chosen.relevant, chosen.irrelevant),
+        args.out / "features.png",
+    )
+    print(layer_lines(chosen))
+    print(f"{args.out}: selection.json, layers.png, features.png")
+
+
+def unlearn(args: argparse.Namespace) -> None:
+    from .pipeline import RunConfig
+    from .pipeline import unlearn as carry_out
+    from .progress import ConsoleProgress
+
+    config = RunConfig(
+        model=args.model, forget=args.forget, retain=args.retain, questions=args.questions, saes=args.saes,
+        eval_texts=named_files(args.eval, "--eval"), layers=args.layers, select=selection_settings(args),
+        method=args.method, settings=method_settings(args), seed=args.seed, device=args.device, dtype=args.dtype,
+        include_text=args.include_text,
+    )  # fmt: skip
+    run = carry_out(config, args.out, ConsoleProgress(), args.command)
+    show_result(run)
+    print(f"\nNext: saeunlearn apply {run.erasure_dir} {args.model} {args.out / 'model'}")
+
+
+def selection_settings(args: argparse.Namespace) -> dict[str, Any]:
+    return {n: v for n in ("k", "layer") if (v := getattr(args, n)) is not None}
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    from .checkpoints import write_json
+    from .corpus import Corpus
+    from .erasure import Erasure
+    from .evaluation.evaluate import combine, table
+    from .evaluation.evaluate import evaluate as measure
+    from .models import LanguageModel
+    from .progress import ConsoleProgress
+
+    texts = {n: Corpus.load(f) for n, f in named_files(args.text, "--text").items()}
+    questions = Corpus.load(args.questions) if args.questions else None
+    if not texts and questions is None and not args.prompt:
+        raise ConfigError("nothing to measure: give --questions, --text NAME=FILE or --prompt")
+    erasure = Erasure.load(args.erasure) if args.erasure else None
+    model = LanguageModel.open(args.model, device=args.device, dtype=args.dtype)
+    progress = ConsoleProgress()
+    before = measure(model, questions=questions, texts=texts, prompts=args.prompt, progress=progress)
+    result: dict[str, Any] = before
+    if erasure is not None:
+        with erasure.apply(model):
+            after = measure(model, questions=questions, texts=texts, prompts=args.prompt, progress=progress)
+        result = combine(before, after, args.seed)
+        print(table(result["comparison"]))
+        show_samples(result["samples"])
+    else:
+        print(json.dumps(without_values(result), indent=1, ensure_ascii=False))
+    if args.out:
+        write_json(args.out, result)
+
+
+def apply(args: argparse.Namespace) -> None:
+    from .erasure import Erasure
+
+    erasure = Erasure.load(args.erasure)
+    cost = json_or_none(args.erasure.parent / "evaluation.json")
+    rows = cost["comparison"] if cost else []
+    erasure.merge(
+        args.checkpoint, args.out, keep_originals=not args.no_originals, force=args.force,
+        cost={f"{r['group']} {r['metric']}": {"before": r["before"], "after": r["after"]} for r in rows},
+    )  # fmt: skip
+    print(f"{args.out}: an ordinary Hugging Face folder with the Erasure {erasure.id[:12]} merged in")
+    if not args.no_originals:
+        print("It keeps what `saeunlearn revert` needs, which is as sensitive as the original: "
+              "use --no-originals for a folder to give away.")  # fmt: skip
+
+
+def revert(args: argparse.Namespace) -> None:
+    from .erasure import unmerge
+
+    unmerge(args.checkpoint, args.out)
+    print(f"{args.out}: as before the last Erasure, bit for bit")
+
+
+def export(args: argparse.Namespace) -> None:
+    from .erasure import Erasure
+
+    Erasure.load(args.erasure).to_peft(args.out, args.base)
+    print(f"{args.out}: a PEFT adapter; peft.PeftModel.from_pretrained(model, {str(args.out)!r}) loads it")
+
+
+def inspect(args: argparse.Namespace) -> None:
+    from .erasure import Erasure
+
+    erasure = Erasure.load(args.erasure)
+    m = erasure.manifest
+    print(f"Erasure {erasure.id[:16]}  method {m['method']}, seed {m['seed']}, made {m['created']}")
+    print(f"  on {m['model']} ({m['parent_fingerprint'][:16]})")
+    print(f"  forget {m['forget_fingerprint'][:16]}  retain {m['retain_fingerprint'][:16]}")
+    if m.get("selection"):
+        s = m["selection"]
+        k, d = s["k"], s["d_model"]
+        print(f"  layer {s['layer']}, K = {k} relevant features of d = {d} (K/d = {k / d:.3f})")
+    changed = m["changed"]
+    print(f"  changes {changed['count']} numbers, {changed['share']:.2%} of the model:")
+    for c in changed["parameters"]:
+        print(f"    {c['name']}  rank {c['rank']}")
+    print("  settings " + ", ".join(f"{k}={v}" for k, v in m["config"].items()))
+    for part, values in m["extra"].items():
+        print(
+            f"  {part} " + ", ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items())
+        )
+    print(f"  {m['note']}")
+
+
+def ledger(args: argparse.Namespace) -> None:
+    from .erasure import read_ledger
+
+    entries = read_ledger(args.checkpoint)
+    if not entries:
+        print(f"{args.checkpoint}: no request was carried out on this checkpoint")
+    for e in entries:
+        way_back = "originals kept" if e.get("originals") else "no way back"
+        print(f"{e['order']}. {e['time']}  {e['method']} seed {e['seed']}  Erasure {e['erasure'][:12]}  {way_back}")
+        print(f"   {e['parent_fingerprint'][:12]} → {e['fingerprint'][:12]}  forget {e['forget_fingerprint'][:12]}")
+        for what, values in (e.get("cost") or {}).items():
+            print(f"   {what}: {values['before']:.3f} → {values['after']:.3f}")
+
+
+def report(args: argparse.Namespace) -> None:
+    from .evaluation.report import write_report
+
+    print(write_report(args.run, include_text=args.include_text))
+
+
+# --- output ------------------------------------------------------------------------------------------------
+
+
+def show_result(run: Any) -> None:
+    from .evaluation.evaluate import table
+    from .features.selection import Selection
+
+    result = json.loads(run.evaluation_file.read_text())
+    if run.selection_file.exists():
+        print("\n" + layer_lines(Selection.load(run.selection_file)))
+    print("\n" + table(result["comparison"]))
+    if run.config.include_text:
+        show_samples(result["samples"])
+    print(f"\nErasure  {run.erasure_dir}\nReport   {run.root / 'report.html'}")
+
+
+def layer_lines(selection: Any) -> str:
+    lines = ["layer   auc  share  specificity   fvu  probe: forget rise"]
+    for row in selection.layers:
+        s, probe = row["scores"], row["probe"]
+        rise = "not run" if probe is None else f"{probe['forget_rise']:+.3f} nats"
+        mark = "  ← chosen" if row["chosen"] else ""
+        line = f"{row['layer']:5d}  {s['auc']:.2f}   {s['share']:.2f}         {s['specificity']:.2f}  {s['fvu']:.2f}"
+        lines.append(f"{line}  {rise}{mark}")
+    k, d = selection.k, selection.d_model
+    lines.append(
+        f"K = {k} relevant features of d = {d} (K/d = {k / d:.3f}) at layer {selection.layer}: {selection.relevant}"
+    )
+    return "\n".join(lines)
+
+
+def show_samples(samples: Sequence[dict[str, Any]]) -> None:
+    for s in samples:
+        before, after = " ".join(s["before"].split()), " ".join(s["after"].split())
+        print(f"\n  {s['prompt']} …\n    before: {before}\n    after:  {after}")
+
+
+def without_values(result: Any) -> Any:
+    """The result without its per-example lists, for a terminal."""
+    if isinstance(result, dict):
+        return {k: without_values(v) for k, v in result.items() if k not in ("values", "ids", "records", "tokens")}
+    return result
+
+
+def json_or_none(file: Path) -> Any:
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

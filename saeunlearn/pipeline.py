@@ -1,0 +1,291 @@
+"""One run, step by step, in a directory that says everything about it. The CLI and the explorer call this.
+
+Run directory: run.json (config, status), events.jsonl, saes/, selection.json, erasure/, evaluation.json, figures/,
+report.html. Every step leaves its result whole or not at all, so a killed run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import __version__
+from .checkpoints import write_json
+from .corpus import Corpus, Record, refuse_overlap
+from .errors import Cancelled, ConfigError, RunError, SaeunlearnError
+from .evaluation.evaluate import combine, evaluate
+from .features.selection import ProbeResult, SelectConfig, Selection, select
+from .methods import get_method
+from .models import LanguageModel
+from .progress import Progress
+
+if TYPE_CHECKING:
+    from sae_training import SAEConfig
+
+SCHEMA = 1
+EVAL_RECORDS = 400  # of each text set, for the losses before and after
+SAMPLE_WORDS = 8  # of a record's beginning that serve as a prompt
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that a run's result depends on."""
+
+    model: str
+    forget: str
+    retain: str
+    questions: str | None = None  # multiple-choice questions to evaluate with
+    eval_texts: Mapping[str, str] = field(default_factory=dict)  # further texts to evaluate on, by name
+    saes: str | None = None  # ready SAEs; None trains them
+    layers: str = "all"  # layers that get an SAE
+    sae: Mapping[str, Any] = field(default_factory=dict)  # SAEConfig settings
+    select: Mapping[str, Any] = field(default_factory=dict)  # SelectConfig settings
+    method: str = "sspu"
+    settings: Mapping[str, Any] = field(default_factory=dict)  # the method's settings
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    include_text: bool = False  # keep samples and feature contexts in the run directory
+
+    def key(self) -> str:
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass
+class Run:
+    """A run directory and what has been opened for it."""
+
+    root: Path
+    config: RunConfig
+    progress: Progress
+    model: LanguageModel
+    forget: Corpus
+    retain: Corpus
+    questions: Corpus | None
+    texts: dict[str, Corpus]
+
+    @property
+    def selection_file(self) -> Path:
+        return self.root / "selection.json"
+
+    @property
+    def erasure_dir(self) -> Path:
+        return self.root / "erasure"
+
+    @property
+    def evaluation_file(self) -> Path:
+        return self.root / "evaluation.json"
+
+
+def settings_of(cls: type, given: Mapping[str, Any], what: str) -> Any:
+    """An instance of the settings dataclass `cls`. Raises ConfigError naming unknown settings and wrong types."""
+    from dataclasses import fields
+
+    known = {f.name: f for f in fields(cls)}
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise ConfigError(f"unknown {what} settings {unknown}; known: {', '.join(known)}")
+    default = cls()
+    for name, value in given.items():
+        have = getattr(default, name)
+        good = isinstance(value, bool) if isinstance(have, bool) else True
+        if isinstance(have, (int, float)) and not isinstance(have, bool):
+            good = isinstance(value, (int, float)) and not isinstance(value, bool)
+            good = good and (isinstance(have, float) or float(value).is_integer())
+        if isinstance(have, str):
+            good = isinstance(value, str)
+        if not good:
+            raise ConfigError(f"{what} setting {name} must be like {have!r}, got {value!r}")
+    return cls(**given)
+
+
+def unlearn(config: RunConfig, root: str | Path, progress: Progress, command: list[str] | None = None) -> Run:
+    """Carry the whole run out: SAEs, selection, method, evaluation, report. Finished steps are not repeated.
+
+    Raises RunError when `root` belongs to a run with other settings or the disk is full, and the typed errors of
+    every step; all inputs are checked before the first long step.
+    """
+    root = Path(root)
+    method = get_method(config.method)
+    settings = settings_of(method.Config, config.settings, config.method)
+    select_config = settings_of(SelectConfig, config.select, "selection")
+    claim(root, config)
+    run = open_run(config, root, progress)
+    with recorded(run, command):
+        saes = get_saes(run)
+        selection = get_selection(run, saes, select_config, settings) if "selection" in method.needs else None
+        erasure = get_erasure(run, method, settings, selection, saes)
+        if not run.evaluation_file.exists():
+            before = measure(run, "before")
+            with erasure.apply(run.model):
+                after = measure(run, "after")
+            write_json(run.evaluation_file, combine(before, after, config.seed))
+    write_report(run)
+    return run
+
+
+def claim(root: Path, config: RunConfig) -> None:
+    """Raises RunError when `root` is not empty and not an earlier start of the same run."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        if (root / "run.json").exists():
+            if json.loads((root / "run.json").read_text()).get("key") != config.key():
+                raise RunError(f"{root} holds a run with other settings: choose another --out")
+        elif any(root.iterdir()):
+            raise RunError(f"{root} is not empty and not a run directory: choose another --out")
+    except (OSError, ValueError) as e:
+        raise RunError(f"cannot use {root} as a run directory: {e}") from e
+
+
+def open_run(config: RunConfig, root: Path, progress: Progress) -> Run:
+    """Open and check model and data."""
+    forget, retain = Corpus.load(config.forget), Corpus.load(config.retain)
+    refuse_overlap(forget, retain)
+    questions = Corpus.load(config.questions) if config.questions else None
+    texts = {name: Corpus.load(path) for name, path in config.eval_texts.items()}
+    model = LanguageModel.open(config.model, device=config.device, dtype=config.dtype)
+    return Run(root, config, progress, model, forget, retain, questions, texts)
+
+
+@contextlib.contextmanager
+def recorded(run: Run, command: list[str] | None = None) -> Iterator[None]:
+    """Keep run.json's status true whatever happens, and append events to events.jsonl."""
+    data = {"forget": run.forget, "retain": run.retain, **({"questions": run.questions} if run.questions else {})}
+    info: dict[str, Any] = {
+        "schema": SCHEMA, "key": run.config.key(), "config": asdict(run.config), "command": command,
+        "saeunlearn": __version__, "status": "running", "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "data": {n: {"n": len(c), "fingerprint": c.fingerprint()} for n, c in data.items()},
+    }  # fmt: skip
+    started = time.monotonic()
+    try:
+        write_json(run.root / "run.json", info)
+        with (run.root / "events.jsonl").open("a", encoding="utf-8") as events:
+            earlier = run.progress.on_event
+
+            def write(event: dict[str, Any]) -> None:
+                events.write(json.dumps(event) + "\n")
+                events.flush()
+                if earlier:
+                    earlier(event)
+
+            run.progress.on_event = write
+            try:
+                yield
+            finally:
+                run.progress.on_event = earlier
+        info["status"] = "done"
+    except (Cancelled, KeyboardInterrupt):
+        info["status"] = "cancelled"
+        raise
+    except OSError as e:
+        info |= {"status": "failed", "error": str(e)}
+        full = " (the disk is full; free some space and run the same command again)" if e.errno == errno.ENOSPC else ""
+        raise RunError(f"{run.root}: {e}{full}") from e
+    except SaeunlearnError as e:
+        info |= {"status": "failed", "error": str(e)}
+        raise
+    finally:
+        if info["status"] == "running":
+            info["status"] = "failed"
+        info["seconds"] = round(time.monotonic() - started, 1)
+        with contextlib.suppress(OSError):  # on a full disk the first error is the one to show
+            write_json(run.root / "run.json", info)
+
+
+# --- steps -------------------------------------------------------------------------------------------------
+
+
+def get_saes(run: Run) -> dict[int, Any]:
+    """Ready SAEs, those of an earlier start, or newly trained ones on forget and retain text together."""
+    from sae_training import SAEConfig, load_saes, parse_layers, save_saes, train_saes
+
+    layers = parse_layers(run.model, run.config.layers)
+    if run.config.saes:
+        return {i: s for i, s in load_saes(run.config.saes, run.model).items() if i in layers}
+    own = run.root / "saes"
+    if not (own / "saes.json").exists():
+        settings: SAEConfig = settings_of(SAEConfig, run.config.sae, "SAE")
+        both = Corpus(run.forget.records + run.retain.records, "forget and retain")
+        save_saes(train_saes(run.model, both, layers, settings, seed=run.config.seed, progress=run.progress), own)
+    return load_saes(own, run.model)
+
+
+def get_selection(run: Run, saes: Mapping[int, Any], select_config: SelectConfig, settings: Any) -> Selection:
+    """The stored selection or a new one, its probe runs made with the method's own settings."""
+    if run.selection_file.exists():
+        return Selection.load(run.selection_file)
+    selection = choose(run.model, saes, run.forget, run.retain, select_config, settings, run.config.seed, run.progress)
+    selection.save(run.selection_file)
+    return selection
+
+
+def choose(model: LanguageModel, saes: Mapping[int, Any], forget: Corpus, retain: Corpus, select_config: SelectConfig,
+           settings: Any, seed: int, progress: Progress) -> Selection:  # fmt: skip
+    """`features.selection.select` with SSPU's probe injected."""
+    from .methods.sspu import probe_layer
+
+    def probe(candidate: Selection) -> ProbeResult:
+        return probe_layer(model, forget, retain, settings, candidate, saes, seed, progress)
+
+    return select(model, saes, forget, retain, select_config, probe=probe, seed=seed, progress=progress)
+
+
+def get_erasure(run: Run, method: Any, settings: Any, selection: Selection | None, saes: Mapping[int, Any]) -> Any:
+    """The stored Erasure or a new one."""
+    from .erasure import Erasure
+
+    if (run.erasure_dir / "erasure.json").exists():
+        return Erasure.load(run.erasure_dir)
+    erasure = method.unlearn(
+        run.model, run.forget, run.retain, config=settings, selection=selection, saes=saes, seed=run.config.seed,
+        progress=run.progress,
+    )  # fmt: skip
+    erasure.save(run.erasure_dir)
+    return erasure
+
+
+def measure(run: Run, when: str) -> dict[str, Any]:
+    """Evaluate the model as it is now, on the questions, on samples of the texts, and on prompts if text is kept."""
+    run.progress.note(f"evaluating {when}")
+    return evaluate(
+        run.model,
+        questions=run.questions,
+        texts=evaluation_texts(run),
+        prompts=prompts(run) if run.config.include_text else (),
+        progress=run.progress,
+    )
+
+
+def evaluation_texts(run: Run) -> dict[str, Corpus]:
+    """Forget text, retain text (near and far apart where the records say so), and what the user named."""
+    out = {"forget": run.forget.sample(EVAL_RECORDS, run.config.seed)}
+    groups: dict[str, list[Record]] = {}
+    for r in run.retain:
+        groups.setdefault(str(r.meta.get("set", "retain")), []).append(r)
+    for name, records in groups.items():
+        out[name] = Corpus(tuple(records), name).sample(EVAL_RECORDS, run.config.seed)
+    return out | {n: Corpus(c.records, n) for n, c in run.texts.items()}
+
+
+def prompts(run: Run, n: int = 4) -> list[str]:
+    """Beginnings of a few forget and retain records: questions as they are, texts cut after some words."""
+    out = []
+    for corpus in evaluation_texts(run).values():
+        for r in corpus.sample(n, run.config.seed):
+            words = (r.question or r.text).split()
+            out.append(" ".join(words if r.question else words[: max(1, min(SAMPLE_WORDS, len(words) - 1))]))
+    return out
+
+
+def write_report(run: Run) -> Path:
+    """report.html and figures/ from the JSON in the run directory."""
+    from .evaluation.report import write_report as render
+
+    return render(run.root, include_text=run.config.include_text)

@@ -1,0 +1,338 @@
+"""SAE training: which activations it sees, what it learns, and what is on disk afterwards."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import D_MODEL, N_LAYERS, SENTENCES
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from toys import topk_sae
+
+from sae_training import SAEConfig, activations, load_saes, parse_layers, save_saes, train_saes
+from sae_training.activations import activation_stream, shuffled
+from sae_training.train import _finished, _new_sae
+from saeunlearn import corpus
+from saeunlearn.corpus import Corpus, Window, windows
+from saeunlearn.errors import (
+    Cancelled,
+    ConfigError,
+    ErasureError,
+    ModelError,
+    NonFiniteError,
+    SAEMismatchError,
+)
+from saeunlearn.features.scores import feature_stats
+from saeunlearn.models import LanguageModel
+from saeunlearn.progress import Progress
+
+TEXTS = Corpus.of(SENTENCES, "texts")
+# Texts that differ from the first letter on: no two positions have the same stream.
+DISTINCT = Corpus.of([c + s[2 : 12 + 2 * i] for i, (c, s) in enumerate(zip("abcdefghijkl", SENTENCES))], "distinct")
+CONFIG = SAEConfig(expansion=4, k=8, tokens=8_000, batch=128, lr=5e-3)
+LAYERS = [1, 3]
+
+
+def train(lm: LanguageModel, config: SAEConfig = CONFIG, seed: int = 0, progress: Progress | None = None) -> Any:
+    return train_saes(lm, TEXTS, LAYERS, config, seed=seed, progress=progress or Progress())
+
+
+# --- the activations ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def slow_positions(lm: LanguageModel, items: list[Window], layers: list[int]) -> Tensor:
+    """[n, layers, d]: one window at a time, so without padding, and without the first position."""
+    rows = []
+    for w in items:
+        streams = lm.capture(torch.tensor([list(w.ids)]), layers)
+        rows.append(torch.stack([streams[i][0, 1:] for i in layers], dim=1))
+    return torch.cat(rows)
+
+
+def which(got: Tensor, reference: Tensor) -> list[int]:
+    """Index into `reference` of every row of `got`; each must be there to 1e-4."""
+    exact = "donot_use_mm_for_euclid_dist"
+    distance, index = torch.cdist(got.flatten(1), reference.flatten(1), compute_mode=exact).min(1)
+    assert float(distance.max()) < 1e-3
+    return index.tolist()
+
+
+def test_stream_is_every_position_but_the_first(lm: LanguageModel) -> None:
+    items = windows(DISTINCT, lm)
+    assert len({len(w.ids) for w in items}) > 4
+    reference = slow_positions(lm, items, [0, 2])
+    got = torch.cat(list(activation_stream(lm, items, [0, 2], None)))
+    assert got.shape == (sum(len(w.ids) - 1 for w in items), 2, D_MODEL)
+    assert got.dtype == torch.float32
+    assert sorted(which(got, reference)) == list(range(len(reference)))
+    mixed = torch.cat(list(activation_stream(lm, items, [0, 2], 3)))
+    assert sorted(which(mixed, reference)) == list(range(len(reference)))
+
+
+def test_order_of_the_layers_is_the_callers(llama: LanguageModel) -> None:
+    items = windows(DISTINCT, llama)
+    (up,), (down,) = (list(activation_stream(llama, items, order, None)) for order in ([1, 3], [3, 1]))
+    assert torch.equal(up, down.flip(1))
+
+
+def test_non_finite_activations_name_the_layers(llama: LanguageModel) -> None:
+    with torch.no_grad():
+        llama.writers([2])[0].weight[0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"blocks \[2, 3\]"):
+        next(activation_stream(llama, windows(DISTINCT, llama), [1, 2, 3], None))
+
+
+def take(stream: Iterator[Tensor], n: int) -> list[Tensor]:
+    return [next(stream) for _ in range(n)]
+
+
+def test_an_epoch_in_memory_holds_each_position_once(llama: LanguageModel) -> None:
+    items = windows(DISTINCT, llama)
+    reference = slow_positions(llama, items, [1])
+    n = len(reference)
+    assert n % 2 == 0
+    go = partial(shuffled, llama, items, [1], batch=n // 2, buffer=n, seed=5)
+    epochs = [which(torch.cat(pair), reference) for pair in zip(*[iter(take(go(), 6))] * 2)]
+    assert all(sorted(e) == list(range(n)) for e in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert all(torch.equal(a, b) for a, b in zip(take(go(), 6), take(go(), 6)))
+    other = next(shuffled(llama, items, [1], batch=n // 2, buffer=n, seed=6))
+    assert not torch.equal(other, next(go()))
+    # A batch that does not divide an epoch leaves the rest out of it: still no position twice.
+    uneven = which(torch.cat(take(shuffled(llama, items, [1], batch=n // 2 - 1, buffer=n, seed=5), 2)), reference)
+    assert len(set(uneven)) == len(uneven) == n - 2
+    # More than there is: everything.
+    assert len(next(shuffled(llama, items, [1], batch=10 * n, buffer=n, seed=5))) == n
+
+
+def test_a_corpus_larger_than_the_buffer_streams_through(llama: LanguageModel, monkeypatch: Any) -> None:
+    monkeypatch.setattr(activations, "batches", partial(corpus.batches, max_tokens=30))
+    items = windows(DISTINCT, llama)
+    reference = slow_positions(llama, items, [1])
+    n, buffer, batch = len(reference), len(reference) // 3, 4
+    read = 0
+    plain = llama.capture
+
+    def counting(ids: Tensor, layers: list[int], attention_mask: Tensor) -> dict[int, Tensor]:
+        nonlocal read
+        read += int(attention_mask.sum()) - len(ids)
+        return plain(ids, layers, attention_mask)
+
+    monkeypatch.setattr(llama, "capture", counting)
+    stream = shuffled(llama, items, [1], batch=batch, buffer=buffer, seed=0)
+    counts = [0] * n
+    for step in range(1, 8 * n // batch + 1):
+        h = next(stream)
+        assert h.shape == (batch, 1, D_MODEL)
+        for i in which(h, reference):
+            counts[i] += 1
+        assert 0 <= read - step * batch <= buffer + 30 + batch  # what is held
+    entered = math.ceil(read / n)
+    assert max(counts) <= entered <= 9  # at most once in each epoch that was begun
+    assert min(counts) >= 5  # and none is left behind
+    again = shuffled(llama, items, [1], batch=batch, buffer=buffer, seed=0)
+    first = next(again)
+    assert torch.equal(first, next(shuffled(llama, items, [1], batch=batch, buffer=buffer, seed=0)))
+    assert not torch.equal(first, next(shuffled(llama, items, [1], batch=batch, buffer=buffer, seed=1)))
+
+
+# --- training ----------------------------------------------------------------------------------------------
+
+
+def test_training_explains_the_stream(llama: LanguageModel) -> None:
+    events: list[dict[str, Any]] = []
+    before = {n: p.clone() for n, p in llama.model.named_parameters()}
+    saes = train(llama, progress=Progress(events.append))
+    assert list(saes) == LAYERS
+    items = windows(TEXTS, llama)
+    trained = feature_stats(llama, saes, items, Progress())
+    h = slow_positions(llama, items, LAYERS)
+    for n, (layer, sae) in enumerate(saes.items()):
+        assert trained[layer].fvu < 0.3
+        z = sae.encode(h[:, n])
+        assert int((z > 0).sum(-1).max()) <= CONFIG.k
+        assert float(z.min()) >= 0
+        torch.testing.assert_close(sae.W_dec.norm(dim=-1), torch.ones(4 * D_MODEL), atol=1e-5, rtol=0)
+        assert not sae.W_dec.requires_grad
+        assert (sae.cfg.d_in, sae.cfg.d_sae, sae.cfg.k) == (D_MODEL, 4 * D_MODEL, CONFIG.k)
+        assert sae.cfg.metadata.hook_name == f"blocks.{layer}.hook_resid_post"
+        info = sae.cfg.metadata.saeunlearn
+        assert info["model_fingerprint"] == llama.fingerprint()
+        assert info["corpus_fingerprint"] == TEXTS.fingerprint()
+        assert (info["seed"], info["config"]["tokens"]) == (0, CONFIG.tokens)
+    steps = [e for e in events if e["event"] == "step"]
+    assert len(steps) == math.ceil(CONFIG.tokens / CONFIG.batch)
+    for layer in LAYERS:  # what was reported is what was reached, up to the smoothing
+        assert steps[0][f"fvu{layer}"] > 0.9 > 0.4 > steps[-1][f"fvu{layer}"]
+        assert abs(steps[-1][f"fvu{layer}"] - trained[layer].fvu) < 0.1
+    assert all(torch.equal(p, before[n]) and p.grad is None for n, p in llama.model.named_parameters())
+
+
+def test_training_is_deterministic(llama: LanguageModel) -> None:
+    short = SAEConfig(expansion=2, k=4, tokens=500, batch=64)
+    first, again, other = train(llama, short), train(llama, short), train(llama, short, seed=1)
+    for layer in LAYERS:
+        for name, p in first[layer].state_dict().items():
+            assert torch.equal(p, again[layer].state_dict()[name])
+        assert not torch.equal(first[layer].W_dec, other[layer].W_dec)
+
+
+@pytest.mark.parametrize("scale", [0.02, 1.0, 40.0])
+def test_folding_the_scale_changes_nothing(llama: LanguageModel, scale: float) -> None:
+    g = torch.Generator().manual_seed(0)
+    h = torch.randn(50, D_MODEL, generator=g) / scale + 0.3 / scale
+    training = _new_sae(llama, 1, 64, SAEConfig(k=5), h * scale)
+    for p in training.parameters():  # as training leaves it: decoder norms of any size, biases anywhere
+        p.data += 0.2 * torch.randn(p.shape, generator=g)
+    twin = copy.deepcopy(training)
+    done = _finished(training, scale, {"seed": 0})
+    with torch.no_grad():
+        z, expected = twin.encode(h * scale), twin(h * scale) / scale
+        assert int((z > 0).sum(-1).max()) <= 5
+        unit = torch.tensor(1 / scale)
+        torch.testing.assert_close(done(h) / unit, expected / unit, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(done.encode(h) / unit, z, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(done.W_dec.norm(dim=-1), torch.ones(64))
+
+
+def test_settings_out_of_range_are_refused(llama: LanguageModel) -> None:
+    for config in (
+        SAEConfig(k=0), SAEConfig(expansion=1, k=D_MODEL + 1), SAEConfig(expansion=0), SAEConfig(tokens=0),
+        SAEConfig(batch=0), SAEConfig(lr=0.0), SAEConfig(lr=float("nan")),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError):
+            train(llama, config)
+    with pytest.raises(ModelError, match="outside"):
+        train_saes(llama, TEXTS, [4], CONFIG, seed=0, progress=Progress())
+
+
+def test_a_diverging_run_and_a_cancelled_one_stop(llama: LanguageModel) -> None:
+    with pytest.raises(NonFiniteError, match=r"loss of layer 1 .* step"):
+        train(llama, SAEConfig(expansion=2, k=4, tokens=2_000, batch=64, lr=1e30))
+    progress = Progress()
+    progress.on_event = lambda e: setattr(progress, "cancelled", e.get("done", 0) >= 128)
+    with pytest.raises(Cancelled):
+        train(llama, SAEConfig(expansion=2, k=4, tokens=2_000, batch=64), progress=progress)
+
+
+def test_a_single_position_is_no_reason_to_report_nan(llama: LanguageModel) -> None:
+    events: list[dict[str, Any]] = []
+    config = SAEConfig(expansion=2, k=4, tokens=3, batch=1)
+    train_saes(llama, TEXTS, [0], config, seed=0, progress=Progress(events.append))
+    assert json.dumps(events, allow_nan=False)
+
+
+# --- on disk -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(llama: LanguageModel, tmp_path: Path) -> Path:
+    save_saes({i: topk_sae(i, seed=i) for i in LAYERS}, tmp_path / "saes")
+    return tmp_path / "saes"
+
+
+def test_saved_saes_are_saelens_folders(llama: LanguageModel, tmp_path: Path) -> None:
+    from sae_lens import SAE
+
+    saes = train(llama, SAEConfig(expansion=2, k=4, tokens=500, batch=64))
+    save_saes(saes, tmp_path / "saes")
+    h = slow_positions(llama, windows(TEXTS, llama), LAYERS)
+    ours = load_saes(tmp_path / "saes", llama)
+    assert list(ours) == LAYERS
+    for n, layer in enumerate(LAYERS):
+        theirs = SAE.load_from_disk(tmp_path / "saes" / f"layer_{layer}", device="cpu")
+        for back in (theirs, ours[layer]):
+            z = saes[layer].encode(h[:, n])
+            torch.testing.assert_close(back.encode(h[:, n]), z, atol=1e-6, rtol=0)
+            torch.testing.assert_close(back.decode(z), saes[layer].decode(z), atol=1e-6, rtol=0)
+            assert back.cfg.metadata.saeunlearn == saes[layer].cfg.metadata.saeunlearn
+        assert not any(p.requires_grad for p in ours[layer].parameters())
+    index = json.loads((tmp_path / "saes" / "saes.json").read_text())
+    assert (index["schema"], index["layers"]) == (1, LAYERS)
+    names = sorted(p.name for p in (tmp_path / "saes").rglob("*") if p.is_file())
+    assert names == ["cfg.json", "cfg.json", "sae_weights.safetensors", "sae_weights.safetensors", "saes.json"]
+    assert not any(s in p.read_text() for p in (tmp_path / "saes").rglob("*.json") for s in SENTENCES)
+
+
+def test_folders_that_others_wrote_load_too(saved: Path, tmp_path: Path) -> None:
+    assert list(load_saes(saved / "layer_3")) == [3]  # a single SAELens folder
+    (tmp_path / "mine").mkdir()
+    topk_sae(hook="blocks.3.hook_resid_pre").save_model(tmp_path / "mine" / "a")  # the output of block 2
+    topk_sae(0).save_model(tmp_path / "mine" / "b")
+    (tmp_path / "mine" / "notes").mkdir()
+    assert list(load_saes(str(tmp_path / "mine"))) == [0, 2]  # sorted by layer, not by name
+
+
+def test_saving_replaces_its_own_folder_only(saved: Path, tmp_path: Path) -> None:
+    save_saes({2: topk_sae(2)}, saved)
+    assert list(load_saes(saved)) == [2]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ErasureError, match="not empty"):
+        save_saes({2: topk_sae(2)}, tmp_path / "other")
+    assert (tmp_path / "other" / "thesis.txt").read_text() == "years of work"
+
+
+def test_damaged_and_foreign_folders_are_refused(saved: Path, tmp_path: Path) -> None:
+    weights = saved / "layer_1" / "sae_weights.safetensors"
+    tensors = load_file(weights)
+    save_file({**tensors, "W_enc": tensors["W_enc"] * float("nan")}, weights)
+    with pytest.raises(NonFiniteError, match="layer_1"):
+        load_saes(saved)
+    save_file({k: v for k, v in tensors.items() if k != "b_enc"}, weights)
+    with pytest.raises(SAEMismatchError, match="layer_1"):
+        load_saes(saved)
+    weights.write_bytes(b"not safetensors")
+    with pytest.raises(SAEMismatchError, match="layer_1"):
+        load_saes(saved)
+    weights.unlink()
+    with pytest.raises(SAEMismatchError, match=r"layer_1 has no sae_weights\.safetensors"):
+        load_saes(saved)
+    shutil.copytree(saved / "layer_3", saved / "twice")
+    shutil.rmtree(saved / "layer_1")
+    with pytest.raises(SAEMismatchError, match=r"two SAEs .* layer 3"):
+        load_saes(saved)
+    (saved / "twice" / "cfg.json").write_text("{}")
+    with pytest.raises(SAEMismatchError, match="twice"):
+        load_saes(saved)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SAEMismatchError, match="no SAELens folder"):
+        load_saes(tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    "hook", ["blocks.1.hook_mlp_out", "blocks.0.attn.hook_z", "blocks.0.hook_resid_pre", "hook_embed", ""]
+)
+def test_hooks_that_are_no_block_output_are_refused(hook: str, tmp_path: Path) -> None:
+    sae = topk_sae(0)
+    sae.cfg.metadata.hook_name = hook or None
+    sae.save_model(tmp_path / "sae")
+    with pytest.raises(SAEMismatchError, match="embedding" if "resid" in hook else "not a residual stream"):
+        load_saes(tmp_path / "sae")
+
+
+@pytest.mark.parametrize(
+    "source", ["no-such-release:blocks.0", "gpt2-small-res-jb:blocks.0.hook_resid_pre", "no/such/folder"]
+)
+def test_what_cannot_be_fetched_is_refused(source: str) -> None:
+    with pytest.raises(SAEMismatchError, match="cannot load" if ":" in source else "neither a folder"):
+        load_saes(source)
+
+
+def test_parse_layers(llama: LanguageModel) -> None:
+    assert parse_layers(llama, "all") == list(range(N_LAYERS))
+    assert parse_layers(llama, "2") == [2]
+    assert parse_layers(llama, "3, 0-1,1") == [0, 1, 3]
+    for bad in ("", "1,", "a", "-1", "1-", "0-4", "4", "2-1", "1.0", "²", "0-99999999999"):
+        with pytest.raises(ModelError):
+            parse_layers(llama, bad)
