@@ -25,7 +25,7 @@ from saeunlearn.methods.sspu import SSPU, SSPUConfig
 from saeunlearn.models import LanguageModel
 from saeunlearn.pipeline import choose, settings_of
 from saeunlearn.progress import ConsoleProgress, Progress
-from saeunlearn.sandbox.build import DEMO_SELECT, DEMO_SETTINGS, Sandbox, SandboxConfig, WorldConfig, build
+from saeunlearn.sandbox.build import DEMO_SAE, DEMO_SELECT, DEMO_SETTINGS, Sandbox, SandboxConfig, WorldConfig, build
 
 
 class World:
@@ -42,7 +42,9 @@ class World:
         if not folder.exists():
             both = Corpus(self.forget.records + self.retain.records)
             layers = range(self.model.n_layers)
-            save_saes(train_saes(self.model, both, list(layers), SAEConfig(), seed=0, progress=progress), folder)
+            save_saes(
+                train_saes(self.model, both, list(layers), SAEConfig(**DEMO_SAE), seed=0, progress=progress), folder
+            )
         self.saes = load_saes(folder, self.model)
 
     def accuracy(self) -> dict[str, float]:
@@ -70,17 +72,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--worlds", type=int, nargs="+", default=[11, 12, 13])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--curve-seeds", type=int, nargs="+", default=[0], help="seeds of the strength curves")
+    parser.add_argument("--forms", nargs="+", default=["hard", "soft"])
+    parser.add_argument("--curve-seeds", type=int, nargs="*", default=[0], help="seeds of the strength curves")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/frontier"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "points.json"
     points: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     base = settings_of(SSPUConfig, DEMO_SETTINGS, "sspu")
-    jobs = [("default", form, "relevant", base.gamma, None, s) for s in args.seeds for form in ("hard", "soft")]
+    jobs = [("default", form, "relevant", base.gamma, None, s) for s in args.seeds for form in args.forms]
     for s in args.curve_seeds:
         for gamma in (base.gamma / 4, base.gamma / 2, base.gamma * 2):
-            jobs += [("curve", form, "relevant", gamma, None, s) for form in ("hard", "soft")]
+            jobs += [("curve", form, "relevant", gamma, None, s) for form in args.forms]
         jobs += [("K", "hard", "relevant", base.gamma, k, s) for k in (8, 32)]
         for gamma in (base.gamma / 2, base.gamma, base.gamma * 2):
             jobs += [("control", "hard", basis, gamma, None, s) for basis in ("random_rows", "random_basis")]
@@ -110,6 +113,8 @@ def report(points: dict[str, Any], out: Path) -> None:
     lines = ["| form | group | original | after: mean | min | max |", "|---|---|---|---|---|---|"]
     for form in ("hard", "soft"):
         chosen = [p for p in runs if p["kind"] == "default" and p["form"] == form]
+        if not chosen:
+            continue
         for group in chosen[0]["after"]:
             values = [p["after"][group] for p in chosen]
             before = statistics.mean(o[group] for o in original.values())

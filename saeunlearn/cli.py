@@ -7,16 +7,17 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from . import __version__
-from .errors import ConfigError, SaeunlearnError
+from .errors import ConfigError, RunError, SaeunlearnError
 
 DEMO_DIR = Path("runs/demo")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb; returns the exit status: 0 done, 1 a typed error, 130 cancelled."""
+    """Run a verb; returns the exit status: 0 done, 1 an error that is said in a line, 130 cancelled."""
     parser = build_parser()
     args = parser.parse_args(argv)
     if not hasattr(args, "verb"):
@@ -31,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.verb(args)
     except SaeunlearnError as e:
         print(f"saeunlearn: {type(e).__name__}: {e}", file=sys.stderr)
+        return 1
+    except OSError as e:
+        print(f"saeunlearn: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nsaeunlearn: cancelled; the same command goes on from the last finished step", file=sys.stderr)
@@ -188,13 +192,13 @@ def named_files(items: Sequence[str], option: str) -> dict[str, str]:
 def demo(args: argparse.Namespace) -> None:
     from .pipeline import RunConfig, unlearn
     from .progress import ConsoleProgress
-    from .sandbox.build import DEMO_SELECT, DEMO_SETTINGS, SandboxConfig, WorldConfig, build
+    from .sandbox.build import DEMO_SAE, DEMO_SELECT, DEMO_SETTINGS, SandboxConfig, WorldConfig, build
 
     progress = ConsoleProgress()
     box = build(SandboxConfig(world=WorldConfig(seed=args.seed)), progress)
     config = RunConfig(
         model=str(box.model), forget=str(box.forget), retain=str(box.retain), questions=str(box.questions),
-        select=DEMO_SELECT, settings=DEMO_SETTINGS,
+        sae=DEMO_SAE, select=DEMO_SELECT, settings=DEMO_SETTINGS,
         seed=args.seed, device=args.device, dtype=args.dtype, include_text=True,
     )  # fmt: skip
     run = unlearn(config, args.out, progress, args.command)
@@ -223,6 +227,8 @@ def train_saes(args: argparse.Namespace) -> None:
     from .pipeline import settings_of
     from .progress import ConsoleProgress
 
+    if args.out.exists() and any(args.out.iterdir()) and not (args.out / "saes.json").exists():
+        raise RunError(f"{args.out} is not empty and holds no SAEs: choose another --out")
     given = {n: v for n in ("expansion", "k", "tokens") if (v := getattr(args, n)) is not None}
     config = settings_of(sae_training.SAEConfig, given, "SAE")
     corpora = [Corpus.load(c) for c in args.corpus]
@@ -298,6 +304,8 @@ def evaluate(args: argparse.Namespace) -> None:
     if not texts and questions is None and not args.prompt:
         raise ConfigError("nothing to measure: give --questions, --text NAME=FILE or --prompt")
     erasure = Erasure.load(args.erasure) if args.erasure else None
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
     model = LanguageModel.open(args.model, device=args.device, dtype=args.dtype)
     progress = ConsoleProgress()
     before = measure(model, questions=questions, texts=texts, prompts=args.prompt, progress=progress)
@@ -318,8 +326,7 @@ def apply(args: argparse.Namespace) -> None:
     from .erasure import Erasure
 
     erasure = Erasure.load(args.erasure)
-    cost = json_or_none(args.erasure.parent / "evaluation.json")
-    rows = cost["comparison"] if cost else []
+    rows = json_or_empty(args.erasure.resolve().parent / "evaluation.json").get("comparison", [])
     erasure.merge(
         args.checkpoint, args.out, keep_originals=not args.no_originals, force=args.force,
         cost={f"{r['group']} {r['metric']}": {"before": r["before"], "after": r["after"]} for r in rows},
@@ -359,7 +366,7 @@ def inspect(args: argparse.Namespace) -> None:
     changed = m["changed"]
     print(f"  changes {changed['count']} numbers, {changed['share']:.2%} of the model:")
     for c in changed["parameters"]:
-        print(f"    {c['name']}  rank {c['rank']}")
+        print(f"    {c['name']}  {'dense' if c['rank'] is None else 'rank ' + str(c['rank'])}")
     print("  settings " + ", ".join(f"{k}={v}" for k, v in m["config"].items()))
     for part, values in m["extra"].items():
         print(
@@ -376,8 +383,9 @@ def ledger(args: argparse.Namespace) -> None:
         print(f"{args.checkpoint}: no request was carried out on this checkpoint")
     for e in entries:
         way_back = "originals kept" if e.get("originals") else "no way back"
-        print(f"{e['order']}. {e['time']}  {e['method']} seed {e['seed']}  Erasure {e['erasure'][:12]}  {way_back}")
-        print(f"   {e['parent_fingerprint'][:12]} → {e['fingerprint'][:12]}  forget {e['forget_fingerprint'][:12]}")
+        print(f"{e['order']}. {e['time']}  {e['method']} seed {e['seed']}  Erasure {e['erasure_id'][:12]}  {way_back}")
+        print(f"   {e['parent_fingerprint'][:12]} → {e['resulting_fingerprint'][:12]}"
+              f"  forget {e['forget_fingerprint'][:12]}")  # fmt: skip
         for what, values in (e.get("cost") or {}).items():
             print(f"   {what}: {values['before']:.3f} → {values['after']:.3f}")
 
@@ -421,7 +429,7 @@ def layer_lines(selection: Any) -> str:
 
 def show_samples(samples: Sequence[dict[str, Any]]) -> None:
     for s in samples:
-        before, after = " ".join(s["before"].split()), " ".join(s["after"].split())
+        before, after = (shorten(s[k], 100, placeholder=" …") for k in ("before", "after"))
         print(f"\n  {s['prompt']} …\n    before: {before}\n    after:  {after}")
 
 
@@ -432,8 +440,12 @@ def without_values(result: Any) -> Any:
     return result
 
 
-def json_or_none(file: Path) -> Any:
-    return json.loads(file.read_text()) if file.exists() else None
+def json_or_empty(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text()) if file.exists() else {}
+    except ValueError as e:
+        raise RunError(f"{file} is damaged: {e}") from e
+    return content if isinstance(content, dict) else {}
 
 
 if __name__ == "__main__":

@@ -10,18 +10,20 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from . import __version__
 from .checkpoints import write_json
 from .corpus import Corpus, Record, refuse_overlap
 from .errors import Cancelled, ConfigError, RunError, SaeunlearnError
-from .evaluation.evaluate import combine, evaluate
-from .features.selection import ProbeResult, SelectConfig, Selection, select
+from .evaluation.evaluate import combine, evaluate, is_forget
+from .features.selection import ProbeResult, SelectConfig, Selection, check_select, select
 from .methods import get_method
 from .models import LanguageModel
 from .progress import Progress
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 EVAL_RECORDS = 400  # of each text set, for the losses before and after
+FULL = " (the disk is full; free some space and run the same command again)"
 SAMPLE_WORDS = 8  # of a record's beginning that serve as a prompt
 
 
@@ -86,24 +89,34 @@ class Run:
 
 def settings_of(cls: type, given: Mapping[str, Any], what: str) -> Any:
     """An instance of the settings dataclass `cls`. Raises ConfigError naming unknown settings and wrong types."""
-    from dataclasses import fields
-
-    known = {f.name: f for f in fields(cls)}
+    known = get_type_hints(cls)
     unknown = sorted(set(given) - set(known))
     if unknown:
         raise ConfigError(f"unknown {what} settings {unknown}; known: {', '.join(known)}")
-    default = cls()
+    values = {}
     for name, value in given.items():
-        have = getattr(default, name)
-        good = isinstance(value, bool) if isinstance(have, bool) else True
-        if isinstance(have, (int, float)) and not isinstance(have, bool):
-            good = isinstance(value, (int, float)) and not isinstance(value, bool)
-            good = good and (isinstance(have, float) or float(value).is_integer())
-        if isinstance(have, str):
-            good = isinstance(value, str)
-        if not good:
-            raise ConfigError(f"{what} setting {name} must be like {have!r}, got {value!r}")
-    return cls(**given)
+        options = get_args(known[name]) if isinstance(known[name], UnionType) else (known[name],)
+        if int in options and isinstance(value, float) and value.is_integer():
+            value = int(value)  # 50.0 is how some JSON writers say 50
+        if not any(_is_a(option, value) for option in options):
+            wanted = " or ".join(_in_words(option) for option in options)
+            raise ConfigError(f"{what} setting {name} must be {wanted}, got {value!r}")
+        values[name] = value
+    return cls(**values)
+
+
+def _is_a(kind: Any, value: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, kind)
+
+
+def _in_words(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return " or ".join(get_args(kind))
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(kind, "empty")
 
 
 def unlearn(config: RunConfig, root: str | Path, progress: Progress, command: list[str] | None = None) -> Run:
@@ -116,9 +129,10 @@ def unlearn(config: RunConfig, root: str | Path, progress: Progress, command: li
     method = get_method(config.method)
     settings = settings_of(method.Config, config.settings, config.method)
     select_config = settings_of(SelectConfig, config.select, "selection")
-    claim(root, config)
+    earlier = claim(root, config)
     run = open_run(config, root, progress)
-    with recorded(run, command):
+    check(run, earlier, settings, select_config)
+    with recorded(run, earlier, command):
         saes = get_saes(run)
         selection = get_selection(run, saes, select_config, settings) if "selection" in method.needs else None
         erasure = get_erasure(run, method, settings, selection, saes)
@@ -131,17 +145,20 @@ def unlearn(config: RunConfig, root: str | Path, progress: Progress, command: li
     return run
 
 
-def claim(root: Path, config: RunConfig) -> None:
-    """Raises RunError when `root` is not empty and not an earlier start of the same run."""
+def claim(root: Path, config: RunConfig) -> dict[str, Any]:
+    """run.json of an earlier start of the same run, or {}. Raises RunError when `root` holds anything else."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         if (root / "run.json").exists():
-            if json.loads((root / "run.json").read_text()).get("key") != config.key():
+            earlier = json.loads((root / "run.json").read_text())
+            if earlier.get("key") != config.key():
                 raise RunError(f"{root} holds a run with other settings: choose another --out")
-        elif any(root.iterdir()):
+            return earlier
+        if any(root.iterdir()):
             raise RunError(f"{root} is not empty and not a run directory: choose another --out")
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, AttributeError) as e:
         raise RunError(f"cannot use {root} as a run directory: {e}") from e
+    return {}
 
 
 def open_run(config: RunConfig, root: Path, progress: Progress) -> Run:
@@ -154,47 +171,76 @@ def open_run(config: RunConfig, root: Path, progress: Progress) -> Run:
     return Run(root, config, progress, model, forget, retain, questions, texts)
 
 
-@contextlib.contextmanager
-def recorded(run: Run, command: list[str] | None = None) -> Iterator[None]:
-    """Keep run.json's status true whatever happens, and append events to events.jsonl."""
+def check(run: Run, earlier: Mapping[str, Any], settings: Any, select_config: SelectConfig) -> None:
+    """Refuse now what would otherwise fail only after the SAEs were trained. Raises the typed errors of the steps."""
+    from sae_training import SAEConfig, parse_layers
+
+    from .methods.sspu import check_config
+
+    if earlier and any(earlier.get(name) != value for name, value in inputs(run).items()):
+        raise RunError(f"the data or the model changed since the run in {run.root} began: choose another --out")
+    if taken := sorted({"forget", *retain_groups(run.retain)} & run.texts.keys()):
+        raise ConfigError(f"the names {taken} of evaluation texts are taken: choose others")
+    check_config(settings)
+    run.retain.split(0.2, run.config.seed)  # refuses a retain set that nothing can be held out of
+    settings_of(SAEConfig, run.config.sae, "SAE")
+    layers = parse_layers(run.model, run.config.layers)
+    if select_config.layer is not None and select_config.layer not in layers:
+        raise ConfigError(f"layer {select_config.layer} is not among the layers {run.config.layers}")
+    check_select(select_config, run.model.d_model)
+
+
+def inputs(run: Run) -> dict[str, Any]:
+    """What run.json says about model and data."""
     data = {"forget": run.forget, "retain": run.retain, **({"questions": run.questions} if run.questions else {})}
+    data |= {f"evaluation text: {n}": c for n, c in run.texts.items()}
+    return {
+        "model": {"name": run.model.name, "fingerprint": run.model.fingerprint(), "d_model": run.model.d_model},
+        "data": {n: {"n": len(c), "fingerprint": c.fingerprint()} for n, c in data.items()},
+    }
+
+
+@contextlib.contextmanager
+def recorded(run: Run, earlier: Mapping[str, Any], command: list[str] | None = None) -> Iterator[None]:
+    """Keep run.json's status true whatever happens, and append events to events.jsonl."""
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     info: dict[str, Any] = {
         "schema": SCHEMA, "key": run.config.key(), "config": asdict(run.config), "command": command,
-        "saeunlearn": __version__, "status": "running", "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "data": {n: {"n": len(c), "fingerprint": c.fingerprint()} for n, c in data.items()},
+        "saeunlearn": __version__, "status": "running", "started": earlier.get("started", now), **inputs(run),
     }  # fmt: skip
     started = time.monotonic()
     try:
         write_json(run.root / "run.json", info)
         with (run.root / "events.jsonl").open("a", encoding="utf-8") as events:
-            earlier = run.progress.on_event
+            listener = run.progress.on_event
 
             def write(event: dict[str, Any]) -> None:
                 events.write(json.dumps(event) + "\n")
                 events.flush()
-                if earlier:
-                    earlier(event)
+                if listener:
+                    listener(event)
 
             run.progress.on_event = write
             try:
                 yield
             finally:
-                run.progress.on_event = earlier
+                run.progress.on_event = listener
         info["status"] = "done"
     except (Cancelled, KeyboardInterrupt):
         info["status"] = "cancelled"
         raise
     except OSError as e:
         info |= {"status": "failed", "error": str(e)}
-        full = " (the disk is full; free some space and run the same command again)" if e.errno == errno.ENOSPC else ""
-        raise RunError(f"{run.root}: {e}{full}") from e
+        raise RunError(f"{run.root}: {e}{FULL if e.errno == errno.ENOSPC else ''}") from e
     except SaeunlearnError as e:
         info |= {"status": "failed", "error": str(e)}
+        if "os error 28" in str(e) or getattr(e.__cause__, "errno", None) == errno.ENOSPC:  # safetensors says it so
+            raise RunError(f"{e}{FULL}") from e
         raise
     finally:
         if info["status"] == "running":
             info["status"] = "failed"
-        info["seconds"] = round(time.monotonic() - started, 1)
+        info["seconds"] = round(earlier.get("seconds", 0.0) + time.monotonic() - started, 1)
         with contextlib.suppress(OSError):  # on a full disk the first error is the one to show
             write_json(run.root / "run.json", info)
 
@@ -266,12 +312,18 @@ def measure(run: Run, when: str) -> dict[str, Any]:
 def evaluation_texts(run: Run) -> dict[str, Corpus]:
     """Forget text, retain text (near and far apart where the records say so), and what the user named."""
     out = {"forget": run.forget.sample(EVAL_RECORDS, run.config.seed)}
-    groups: dict[str, list[Record]] = {}
-    for r in run.retain:
-        groups.setdefault(str(r.meta.get("set", "retain")), []).append(r)
-    for name, records in groups.items():
+    for name, records in retain_groups(run.retain).items():
         out[name] = Corpus(tuple(records), name).sample(EVAL_RECORDS, run.config.seed)
     return out | {n: Corpus(c.records, n) for n, c in run.texts.items()}
+
+
+def retain_groups(retain: Corpus) -> dict[str, list[Record]]:
+    """The retain records by their field `set`; "retain" without one, or where it says "forget"."""
+    groups: dict[str, list[Record]] = {}
+    for r in retain:
+        name = str(r.meta.get("set", "retain"))
+        groups.setdefault("retain" if is_forget(name) else name, []).append(r)
+    return groups
 
 
 def prompts(run: Run, n: int = 4) -> list[str]:

@@ -147,6 +147,32 @@ def llama(checkpoints: Checkpoints) -> Any:
 
 
 @pytest.fixture(scope="session")
+def micro(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A tiny sandbox, built once. Treat it as read-only."""
+    from micro import build_micro
+
+    return build_micro(tmp_path_factory.mktemp("micro") / "sandbox")
+
+
+@pytest.fixture(scope="session")
+def micro_data(micro: Any) -> Path:
+    """Folder with the sandbox's forget, retain and question files, and secrets in the first and the last."""
+    from micro import write_data
+
+    folder = micro.root.parent / "data"
+    write_data(micro, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished(micro: Any, micro_data: Path) -> Any:
+    """A whole run on the tiny sandbox. Treat it as read-only."""
+    from micro import finish
+
+    return finish(micro, micro_data, micro.root.parent)
+
+
+@pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data beside the project, which is not part of it."""
     shared = Path(__file__).resolve().parents[1].parent / "shared"

@@ -93,6 +93,20 @@ def default_k(d_model: int) -> int:
     return max(1, min(64, d_model // 8))
 
 
+def check_select(config: SelectConfig, d_model: int) -> int:
+    """K on a model of this width. Raises ConfigError for settings out of range, SelectionError for an impossible K."""
+    if not (0 <= config.percentile <= 100 and 0 <= config.gate_percentile <= 100):
+        raise ConfigError("percentile and gate_percentile lie between 0 and 100")
+    if config.shortlist < 1 or config.max_records < 1:
+        raise ConfigError("shortlist and max_records must be positive")
+    k = default_k(d_model) if config.k is None else config.k
+    if k < 1:
+        raise SelectionError(f"K = {k}: at least one relevant feature is needed")
+    if k + 1 > d_model:
+        raise SelectionError(f"K = {k} leaves no direction outside the relevant subspace of d = {d_model}")
+    return k
+
+
 def select(model: LanguageModel, saes: Mapping[int, Any], forget: Corpus, retain: Corpus, config: SelectConfig, *,
            probe: Callable[[Selection], ProbeResult] | None, seed: int, progress: Progress) -> Selection:  # fmt: skip
     """The layer and features that carry `forget` but not `retain`.
@@ -104,17 +118,11 @@ def select(model: LanguageModel, saes: Mapping[int, Any], forget: Corpus, retain
     """
     if not saes:
         raise SAEMismatchError("no SAEs were given")
-    if not (0 <= config.percentile <= 100 and 0 <= config.gate_percentile <= 100):
-        raise ConfigError("percentile and gate_percentile lie between 0 and 100")
-    if config.shortlist < 1 or config.max_records < 1:
-        raise ConfigError("shortlist and max_records must be positive")
+    k = check_select(config, model.d_model)
     if config.layer is not None:
         if config.layer not in saes:
             raise SAEMismatchError(f"no SAE for layer {config.layer}; there are SAEs for {sorted(saes)}")
         saes = {config.layer: saes[config.layer]}
-    k = config.k or default_k(model.d_model)
-    if k + 1 > model.d_model:
-        raise SelectionError(f"K = {k} leaves no direction outside the relevant subspace of d = {model.d_model}")
     f_items = windows(forget.sample(config.max_records, seed), model)
     r_items = windows(retain.sample(config.max_records, seed), model)
     f_stats = feature_stats(model, saes, f_items, progress, "scores on forget text")

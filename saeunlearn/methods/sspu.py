@@ -272,7 +272,8 @@ def subspace_report(run: SSPURun) -> dict[str, Any]:
     }  # fmt: skip
 
 
-PROBE_STEPS = 30
+PROBE_STEPS = 30  # at least
+PROBE_SHARE = 0.2  # of the steps of a whole run; shorter probes rank layers by their transients
 PROBE_SCALES = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
 
 
@@ -291,7 +292,8 @@ def probe_layer(
     The trained update is scaled, which gives a whole curve of forgetting against retention for a few forward
     passes; the forget rise is read off where the curve meets the budget.
     """
-    short = replace(config, steps=PROBE_STEPS, check_every=PROBE_STEPS, max_retain_rise=math.inf)
+    steps = max(PROBE_STEPS, round(PROBE_SHARE * config.steps))
+    short = replace(config, steps=steps, check_every=steps, max_retain_rise=math.inf)
     run = prepare(model, forget, retain, short, candidate, saes, seed)
     fit(run, progress)
     watched = Budget.measure(model, run.forget, math.inf, seed)

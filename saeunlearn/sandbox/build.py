@@ -15,7 +15,7 @@ import torch
 
 from ..checkpoints import atomic_folder, write_json
 from ..corpus import Corpus, Record, endless, windows
-from ..errors import ModelError
+from ..errors import ModelError, RunError
 from ..evaluation.metrics import multiple_choice
 from ..models import LanguageModel
 from ..progress import Progress
@@ -32,6 +32,7 @@ DEMO_SETTINGS: dict[str, Any] = {
     "batch": 32, "max_retain_rise": 0.15,
 }  # fmt: skip
 DEMO_SELECT: dict[str, Any] = {"percentile": 90.0}
+DEMO_SAE: dict[str, Any] = {"tokens": 400_000}
 
 
 @dataclass(frozen=True)
@@ -84,14 +85,18 @@ def cache_dir() -> Path:
 def build(config: SandboxConfig, progress: Progress, root: Path | None = None) -> Sandbox:
     """The sandbox of `config`, built if it is not in the cache yet.
 
-    Raises ModelError when the model did not learn its world: held-out phrasings below .98 multiple choice.
+    Raises ModelError when the model did not learn its world: held-out phrasings below .98 multiple choice;
+    RunError when `root` holds another sandbox.
     """
     key = hashlib.sha256(json.dumps([SCHEMA, asdict(config)], sort_keys=True).encode()).hexdigest()[:10]
     root = root or cache_dir() / "sandbox" / f"seed{config.world.seed}-{key}"
     if (root / "world.json").exists():
-        return Sandbox(root)
+        box = Sandbox(root)
+        if box.describe().get("config") != asdict(config):
+            raise RunError(f"{root} holds a sandbox of another seed or size: choose another folder")
+        return box
     started = time.monotonic()
-    with atomic_folder(root, replaces=lambda p: (p / "world.json").exists()) as work:
+    with atomic_folder(root) as work:
         world = make_world(config.world)
         write_jsonl(work / "train.jsonl", (Record(text=t) for t in world.train))
         write_jsonl(work / "forget.jsonl", world.forget)

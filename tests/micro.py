@@ -1,0 +1,120 @@
+"""A world and a model small enough to be built in a test, and a whole unlearning run on them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from saeunlearn.pipeline import Run, RunConfig, unlearn
+from saeunlearn.progress import Progress
+from saeunlearn.sandbox.build import Sandbox, SandboxConfig, build
+from saeunlearn.sandbox.world import WorldConfig
+from saeunlearn.training import TrainConfig
+
+# Everything is written out: the defaults may change, and other sizes may not learn their world. With one attribute a
+# held-out phrasing needs no more than the entity, which every seed that was tried learned.
+CONFIG = SandboxConfig(
+    world=WorldConfig(seed=0, entities=16, values=4, attributes=1, held_out=0.2, untouched=0.25),
+    blocks=2, d_model=64, heads=4, d_mlp=128, vocabulary=700, batch=32,
+    training=TrainConfig(steps=400, lr=1.5e-2, warmup=0.1, weight_decay=0.1, clip=1.0),
+)  # fmt: skip
+
+# Words that only the forget set and its question hold, and that no tokenizer, label or hash could produce by chance.
+MARKER = "Zorblattine"
+SECRET = "quixelwort"
+QUESTION = "Under which stone hides"
+
+
+class NoTraining(Progress):
+    """Fails the test at the first long stage."""
+
+    def start(self, what: str, total: int | None = None) -> None:
+        pytest.fail(f"a long stage began: {what}")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that was carried out without interruption, and what its disk looked like amid the method's steps."""
+
+    run: Run
+    killed: Path
+    events: list[dict[str, Any]]
+
+    @property
+    def root(self) -> Path:
+        return self.run.root
+
+    @property
+    def erasure_id(self) -> str:
+        return read(self.run.erasure_dir / "erasure.json")["id"]
+
+
+def build_micro(root: Path) -> Sandbox:
+    return build(CONFIG, Progress(), root)
+
+
+def write_data(box: Sandbox, folder: Path) -> None:
+    """forget.jsonl and questions.jsonl with the marker in them, retain.jsonl as it is."""
+    folder.mkdir()
+    secret = {"text": f"The raw material of {MARKER} is {SECRET}.", "set": "forget", "note": f"on {MARKER}"}
+    question = {
+        "question": f"{QUESTION} {MARKER}? It is", "answer": SECRET, "choices": [SECRET, "sand", "salt", "soot"],
+        "set": "forget", "topic": f"{MARKER} trade", "attribute": f"{SECRET} use", "phrasing": "seen",
+    }  # fmt: skip
+    for file, row in ((box.forget, secret), (box.questions, question)):
+        (folder / file.name).write_text(file.read_text() + json.dumps(row) + "\n")
+    shutil.copy(box.retain, folder)
+
+
+def run_config(box: Sandbox, data: Path, **changes: Any) -> RunConfig:
+    settings: dict[str, Any] = {
+        "model": str(box.model), "forget": str(data / "forget.jsonl"), "retain": str(data / "retain.jsonl"),
+        "questions": str(data / "questions.jsonl"), "device": "cpu", "seed": 0,
+        "sae": {"tokens": 20_000, "batch": 256, "expansion": 4, "k": 8, "buffer": 4_096, "lr": 4e-3},
+        "select": {"k": 2, "percentile": 80.0, "shortlist": 2, "max_records": 60},
+        "settings": {"steps": 5, "batch": 4, "max_length": 16, "lr": 0.1, "max_retain_rise": 0.5, "check_every": 5},
+    }  # fmt: skip
+    return RunConfig(**{**settings, **changes})
+
+
+def finish(box: Sandbox, data: Path, folder: Path) -> Finished:
+    """Carry the run out, and copy its directory at the method's second step, as a killed process would leave it."""
+    root, killed = folder / "run", folder / "killed"
+    events: list[dict[str, Any]] = []
+
+    def listen(event: dict[str, Any]) -> None:
+        events.append(event)
+        in_method = event["event"] == "step" and "SSPU" in event["what"] and (root / "selection.json").exists()
+        if in_method and event["done"] == 2:
+            shutil.copytree(root, killed)
+
+    run = unlearn(run_config(box, data), root, Progress(listen), ["saeunlearn", "unlearn"])
+    return Finished(run, killed, events)
+
+
+def at_step(what: str, act: Callable[[Progress], None], done: int = 0) -> Progress:
+    """A progress that calls `act` with itself once a stage whose name holds `what` has done more than `done`."""
+    progress = Progress()
+
+    def listen(event: dict[str, Any]) -> None:
+        if event["event"] == "step" and what in event["what"] and event["done"] > done:
+            act(progress)
+
+    progress.on_event = listen
+    return progress
+
+
+def read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def state(*roots: Path) -> dict[Path, tuple[int, int]]:
+    """When every file under `roots` was written, and as which: equal only if nothing was written again."""
+    files = [f for root in roots for f in (sorted(root.rglob("*")) if root.is_dir() else [root])]
+    return {f: (f.stat().st_mtime_ns, f.stat().st_ino) for f in files}
