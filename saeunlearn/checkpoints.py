@@ -57,7 +57,9 @@ def fingerprint_folder(checkpoint_dir: str | Path) -> str:
 
 
 def read_ledger(checkpoint_dir: str | Path) -> list[dict[str, Any]]:
-    """The merges that made this folder, oldest first; empty for an unedited one. ErasureError if damaged."""
+    """The merges that made this folder, oldest first; empty for an unedited one. ErasureError if damaged or absent."""
+    if not Path(checkpoint_dir).expanduser().is_dir():
+        raise ErasureError(f"{checkpoint_dir} is not a checkpoint folder")
     file = Path(checkpoint_dir).expanduser() / ROOM / "ledger.json"
     if not file.exists():
         return []

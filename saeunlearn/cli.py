@@ -314,7 +314,8 @@ def evaluate(args: argparse.Namespace) -> None:
         with erasure.apply(model):
             after = measure(model, questions=questions, texts=texts, prompts=args.prompt, progress=progress)
         result = combine(before, after, args.seed)
-        print(table(result["comparison"]))
+        if result["comparison"]:
+            print(table(result["comparison"]))
         show_samples(result["samples"])
     else:
         print(json.dumps(without_values(result), indent=1, ensure_ascii=False))

@@ -300,13 +300,19 @@ def get_erasure(run: Run, method: Any, settings: Any, selection: Selection | Non
 def measure(run: Run, when: str) -> dict[str, Any]:
     """Evaluate the model as it is now, on the questions, on samples of the texts, and on prompts if text is kept."""
     run.progress.note(f"evaluating {when}")
-    return evaluate(
+    result = evaluate(
         run.model,
         questions=run.questions,
         texts=evaluation_texts(run),
         prompts=prompts(run) if run.config.include_text else (),
         progress=run.progress,
     )
+    if not run.config.include_text:  # labels come from the user's records and may name what is to be forgotten
+        for metrics in result["groups"].values():
+            for summary in metrics.values():
+                for subgroup in summary["subgroups"]:
+                    subgroup["label"] = hashlib.sha256(subgroup["label"].encode()).hexdigest()[:12]
+    return result
 
 
 def evaluation_texts(run: Run) -> dict[str, Corpus]:

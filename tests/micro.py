@@ -78,7 +78,8 @@ def run_config(box: Sandbox, data: Path, **changes: Any) -> RunConfig:
         "questions": str(data / "questions.jsonl"), "device": "cpu", "seed": 0,
         "sae": {"tokens": 20_000, "batch": 256, "expansion": 4, "k": 8, "buffer": 4_096, "lr": 4e-3},
         "select": {"k": 2, "percentile": 80.0, "shortlist": 2, "max_records": 60},
-        "settings": {"steps": 5, "batch": 4, "max_length": 16, "lr": 0.1, "max_retain_rise": 0.5, "check_every": 5},
+        "settings": {"gated": False, "target": "relevant", "gamma": 6.0, "alpha": 1.0, "lr": 0.5, "blocks": 2,
+                     "steps": 8, "batch": 8, "max_length": 16, "max_retain_rise": 0.5, "check_every": 4},
     }  # fmt: skip
     return RunConfig(**{**settings, **changes})
 
