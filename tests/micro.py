@@ -99,12 +99,15 @@ def finish(box: Sandbox, data: Path, folder: Path) -> Finished:
     return Finished(run, killed, events)
 
 
-def at_step(what: str, act: Callable[[Progress], None], done: int = 0) -> Progress:
-    """A progress that calls `act` with itself once a stage whose name holds `what` has done more than `done`."""
+def at_step(what: str, act: Callable[[Progress], None], done: int) -> Progress:
+    """A progress that calls `act` with itself once a stage whose name holds `what` has done more than `done`.
+
+    Below 0: when the stage starts (the steps of some stages are not reported).
+    """
     progress = Progress()
 
     def listen(event: dict[str, Any]) -> None:
-        if event["event"] == "step" and what in event["what"] and event["done"] > done:
+        if what in event.get("what", "") and event.get("done", 0) > done:
             act(progress)
 
     progress.on_event = listen

@@ -1,0 +1,624 @@
+"""Run directories: what is in them, how they survive interruptions, and what is refused before any work."""
+
+from __future__ import annotations
+
+import errno
+import html
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from erasures import leftovers
+from micro import MARKER, QUESTION, SECRET, Finished, NoTraining, at_step, read, run_config, state
+from toys import topk_sae
+
+from sae_training import SAEConfig, save_saes
+from saeunlearn import pipeline
+from saeunlearn.corpus import Corpus
+from saeunlearn.erasure import Erasure
+from saeunlearn.errors import (
+    Cancelled,
+    ConfigError,
+    CorpusError,
+    ErasureError,
+    ModelError,
+    NonFiniteError,
+    OverlapError,
+    RunError,
+    SAEMismatchError,
+    SaeunlearnError,
+    SelectionError,
+)
+from saeunlearn.evaluation.evaluate import group_of
+from saeunlearn.evaluation.metrics import cloze, multiple_choice, nll
+from saeunlearn.features.selection import SelectConfig
+from saeunlearn.methods.sspu import SSPUConfig
+from saeunlearn.models import LanguageModel
+from saeunlearn.pipeline import Run, RunConfig, evaluation_texts, prompts, settings_of, unlearn
+from saeunlearn.progress import Progress
+from saeunlearn.sandbox.build import Sandbox
+
+RESULTS = ("saes", "selection.json", "erasure", "evaluation.json")
+
+
+@pytest.fixture
+def config(micro: Sandbox, micro_data: Path) -> RunConfig:
+    return run_config(micro, micro_data)
+
+
+@pytest.fixture
+def done(finished: Finished, tmp_path: Path) -> Path:
+    """A copy of the finished run's directory, to be spoilt."""
+    return Path(shutil.copytree(finished.root, tmp_path / "run"))
+
+
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures take most of the time of a run this small."""
+    monkeypatch.setattr(pipeline, "write_report", lambda _run: None)
+
+
+def as_finished(root: Path, finished: Finished) -> None:
+    """`root` holds what the uninterrupted run gave, number by number."""
+    assert read(root / "run.json")["status"] == "done"
+    assert read(root / "erasure/erasure.json")["id"] == finished.erasure_id
+    assert read(root / "selection.json") == read(finished.root / "selection.json")
+    assert read(root / "evaluation.json") == read(finished.root / "evaluation.json")
+    assert {f.name for f in root.iterdir()} == {f.name for f in finished.root.iterdir()}
+
+
+# --- a run -------------------------------------------------------------------------------------------------
+
+
+def test_run_directory_holds_what_the_design_names(finished: Finished) -> None:
+    names = {"run.json", "events.jsonl", "selection.json", "saes", "erasure", "evaluation.json", "figures"}
+    assert {f.name for f in finished.root.iterdir()} == names | {"report.html"}
+    assert {f.name for f in (finished.root / "saes").iterdir()} == {"saes.json", "layer_0", "layer_1"}
+    assert {f.suffix for f in finished.run.erasure_dir.iterdir()} == {".json", ".safetensors"}
+    figures = {f.name for f in (finished.root / "figures").iterdir()}
+    assert figures == {"layers.png", "features.png", "before_after.png", "training.png"}
+    for f in finished.root.rglob("*"):
+        assert f.suffix not in {".bin", ".pt", ".pth", ".pkl"}
+        if f.suffix == ".json":
+            read(f)
+
+
+def test_run_json_says_what_was_done_with_what(finished: Finished, config: RunConfig, micro: Sandbox) -> None:
+    said = read(finished.root / "run.json")
+    assert said["status"] == "done"
+    assert RunConfig(**said["config"]) == config
+    assert said["command"] == ["saeunlearn", "unlearn"]
+    corpora = {n: Corpus.load(getattr(config, n)) for n in ("forget", "retain", "questions")}
+    expected = {n: {"n": len(c), "fingerprint": c.fingerprint()} for n, c in corpora.items()}
+    assert said["data"] == expected
+    assert said["model"]["fingerprint"] == LanguageModel.open(micro.model, device="cpu").fingerprint()
+    assert said["seconds"] > 0
+    manifest = read(finished.run.erasure_dir / "erasure.json")
+    assert manifest["parent_fingerprint"] == said["model"]["fingerprint"]
+    assert manifest["forget_fingerprint"] == expected["forget"]["fingerprint"]
+    assert manifest["config"]["gamma"] == config.settings["gamma"]
+    assert manifest["selection"]["relevant"] == read(finished.root / "selection.json")["relevant"]
+
+
+def test_events_are_json_lines_in_order(finished: Finished) -> None:
+    lines = [json.loads(line) for line in (finished.root / "events.jsonl").read_text().splitlines()]
+    assert lines == finished.events  # whoever listens hears the same
+    times = [e["time"] for e in lines]
+    assert times == sorted(times)
+    stages = [e["what"] for e in lines if e["event"] == "start"]
+    assert sorted(stages) == sorted(e["what"] for e in lines if e["event"] == "finish")
+    order = [next(i for i, s in enumerate(stages) if part in s) for part in ("SAEs on", "scores", "gates", "SSPU")]
+    assert order == sorted(order)
+    assert sum("SSPU" in s for s in stages) == 3  # a probe of either layer, then the run itself
+    losses = [e["loss"] for e in lines if e["event"] == "step" and "SSPU" in e["what"]]
+    assert losses[-8:] == [row["loss"] for row in read(finished.run.erasure_dir / "erasure.json")["losses"]]
+
+
+def test_evaluation_is_that_of_the_model_before_and_after(finished: Finished, config: RunConfig) -> None:
+    result = read(finished.run.evaluation_file)
+    lm = LanguageModel.open(config.model, device="cpu")
+    questions = Corpus.load(str(config.questions))
+    forget, retain = Corpus.load(config.forget), Corpus.load(config.retain)
+    texts = {"forget": forget}
+    texts |= {s: Corpus(tuple(r for r in retain if r.meta["set"] == s)) for s in ("near", "far")}
+    erasure = Erasure.load(finished.run.erasure_dir)
+    changes = []
+    for when in ("before", "after"):
+        handle = erasure.apply(lm) if when == "after" else None
+        found = {(r["group"], r["metric"]): r[when] for r in result["comparison"]}
+        for metric in (multiple_choice, cloze):
+            values = metric(lm, questions).values
+            for group in {group_of(q) for q in questions}:
+                mine = [v for q, v in zip(questions, values) if group_of(q) == group]
+                assert math.isclose(found.pop((group, metric.__name__)), sum(mine) / len(mine), rel_tol=1e-9)
+        for name, corpus in texts.items():
+            mean = nll(lm, corpus).per_token
+            assert math.isclose(found.pop((name, "nll")), mean, rel_tol=1e-5)
+            changes.append(mean)
+        assert not found
+        if handle:
+            handle.revert()
+    assert abs(changes[3] - changes[0]) > 1e-3  # the Erasure does something
+
+
+# --- finished steps are not repeated -----------------------------------------------------------------------
+
+
+def test_a_finished_run_is_not_carried_out_again(finished: Finished, config: RunConfig) -> None:
+    results = [finished.root / name for name in RESULTS]
+    before, started = state(*results), read(finished.root / "run.json")["started"]
+    n_events = len((finished.root / "events.jsonl").read_text().splitlines())
+    run = unlearn(config, finished.root, NoTraining())
+    assert state(*results) == before
+    said = read(finished.root / "run.json")
+    assert (said["status"], said["started"]) == ("done", started)
+    assert said["seconds"] >= read(finished.killed / "run.json").get("seconds", 0)
+    assert len((finished.root / "events.jsonl").read_text().splitlines()) == n_events
+    assert run.erasure_dir == finished.run.erasure_dir
+
+
+@pytest.mark.usefixtures("no_report")
+def test_time_adds_up_over_starts(done: Path, config: RunConfig) -> None:
+    said = read(done / "run.json")
+    (done / "run.json").write_text(json.dumps({**said, "seconds": 1000.0}))
+    unlearn(config, done, NoTraining())
+    assert 1000.0 <= read(done / "run.json")["seconds"] < 1600.0
+
+
+def test_a_killed_process_leaves_what_the_same_call_finishes(
+    finished: Finished, config: RunConfig, tmp_path: Path
+) -> None:
+    root = Path(shutil.copytree(finished.killed, tmp_path / "run"))
+    assert read(root / "run.json")["status"] == "running"  # nothing was there to say otherwise
+    kept = state(root / "saes", root / "selection.json")
+    assert kept
+    unlearn(config, root, Progress())
+    assert state(root / "saes", root / "selection.json") == kept
+    as_finished(root, finished)
+
+
+def test_interruptions_at_every_step_change_no_number(
+    finished: Finished, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "run"
+
+    def start(progress: Progress, error: type[BaseException], status: str) -> None:
+        with pytest.raises(error):
+            unlearn(config, root, progress)
+        assert read(root / "run.json")["status"] == status
+        assert not leftovers(root)
+
+    def stop(error: type[BaseException]) -> Callable[[Progress], None]:
+        def act(_progress: Progress) -> None:
+            raise error("stop here")
+
+        return act
+
+    def cancel(progress: Progress) -> None:
+        progress.cancelled = True
+
+    start(at_step("SAEs", cancel, done=2_000), Cancelled, "cancelled")
+    assert {f.name for f in root.iterdir()} == {"run.json", "events.jsonl"}
+    start(at_step("SAEs", stop(KeyboardInterrupt), done=2_000), KeyboardInterrupt, "cancelled")
+    assert not (root / "saes").exists()
+    start(at_step("gates", stop(RuntimeError), done=-1), RuntimeError, "failed")  # a bug, not one of our errors
+    saes = state(root / "saes")
+    assert saes
+    start(at_step("SSPU", stop(NonFiniteError), done=3), NonFiniteError, "failed")  # in the first probe
+    assert read(root / "run.json")["error"] == "stop here"
+    assert not (root / "selection.json").exists()
+
+    def after_the_probes(_progress: Progress) -> None:
+        if (root / "selection.json").exists():
+            raise RuntimeError
+
+    start(at_step("SSPU", after_the_probes, done=3), RuntimeError, "failed")
+    selection = state(root / "selection.json")
+    assert selection
+    assert not (root / "erasure").exists()
+    start(at_step("token losses", cancel, done=-1), Cancelled, "cancelled")
+    erasure = state(root / "erasure")
+    assert erasure
+    assert not (root / "evaluation.json").exists()
+    with monkeypatch.context() as m:
+        m.setattr(pipeline, "write_report", stop_report)
+        with pytest.raises(RuntimeError):
+            unlearn(config, root, Progress())
+    evaluation = state(root / "evaluation.json")
+    unlearn(config, root, NoTraining())
+    assert state(root / "saes", root / "selection.json", root / "erasure", root / "evaluation.json") == (
+        saes | selection | erasure | evaluation
+    )
+    as_finished(root, finished)
+    assert "error" not in read(root / "run.json")
+    for line in (root / "events.jsonl").read_text().splitlines():
+        json.loads(line)
+
+
+def stop_report(_run: Run) -> None:
+    raise RuntimeError
+
+
+@pytest.mark.usefixtures("no_report")
+def test_ready_saes_are_used_as_they_are(finished: Finished, config: RunConfig, tmp_path: Path) -> None:
+    saes = finished.root / "saes"
+    before = state(saes)
+    run = unlearn(replace(config, saes=str(saes)), tmp_path / "run", Progress())
+    assert state(saes) == before
+    assert not (run.root / "saes").exists()
+    assert read(run.erasure_dir / "erasure.json")["id"] == finished.erasure_id
+
+
+@pytest.mark.usefixtures("no_report")
+def test_another_seed_gives_another_erasure(finished: Finished, config: RunConfig, tmp_path: Path) -> None:
+    ready = {"saes": str(finished.root / "saes"), "layers": "1"}
+    ids = {}
+    for seed in (0, 1):
+        run = unlearn(replace(config, seed=seed, **ready), tmp_path / str(seed), Progress())
+        ids[seed] = read(run.erasure_dir / "erasure.json")["id"]
+        assert [row["layer"] for row in read(run.selection_file)["layers"]] == [1]
+    assert ids[0] != ids[1]
+
+
+# --- directories that are not this run's -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 1}, {"include_text": True}, {"settings": {"steps": 9}}, {"eval_texts": {"x": "y"}}, {"layers": "1"}],
+    ids=str,
+)
+def test_other_settings_do_not_fit_into_a_run(done: Path, config: RunConfig, change: dict[str, Any]) -> None:
+    before = state(done)
+    with pytest.raises(RunError, match="other settings"):
+        unlearn(replace(config, **change), done, NoTraining())
+    assert state(done) == before
+
+
+@pytest.mark.usefixtures("no_report")
+def test_data_that_changed_does_not_fit_into_a_run(
+    done: Path, config: RunConfig, micro_data: Path, tmp_path: Path
+) -> None:
+    data = Path(shutil.copytree(micro_data, tmp_path / "data"))
+    moved = replace(config, **{n: str(data / f"{n}.jsonl") for n in ("forget", "retain", "questions")})
+    (done / "run.json").write_text(json.dumps({**read(done / "run.json"), "key": moved.key()}))
+    unlearn(moved, done, NoTraining())
+    for name in ("forget", "retain", "questions"):
+        file = data / f"{name}.jsonl"
+        whole = file.read_text()
+        file.write_text(whole[: whole.rstrip().rindex("\n") + 1])
+        before = state(done)
+        with pytest.raises(RunError, match="changed since"):
+            unlearn(moved, done, NoTraining())
+        assert state(done) == before
+        file.write_text(whole)
+    unlearn(moved, done, NoTraining())
+
+
+def test_a_model_that_changed_does_not_fit_into_a_run(
+    done: Path, finished: Finished, config: RunConfig, micro: Sandbox, tmp_path: Path
+) -> None:
+    Erasure.load(finished.run.erasure_dir).merge(micro.model, tmp_path / "model")
+    moved = replace(config, model=str(tmp_path / "model"))
+    (done / "run.json").write_text(json.dumps({**read(done / "run.json"), "key": moved.key()}))
+    with pytest.raises(RunError, match="changed since"):
+        unlearn(moved, done, NoTraining())
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "{", "\x00", '{"key": 3}', ""])
+def test_a_damaged_run_json_is_refused(tmp_path: Path, config: RunConfig, content: str) -> None:
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(RunError, match=str(tmp_path)):
+        unlearn(config, tmp_path, NoTraining())
+    assert [f.name for f in tmp_path.iterdir()] == ["run.json"]
+    assert (tmp_path / "run.json").read_text() == content
+
+
+def test_foreign_folders_and_files_are_left_alone(tmp_path: Path, config: RunConfig) -> None:
+    letter = tmp_path / "folder" / "letter.txt"
+    letter.parent.mkdir()
+    letter.write_text("mine")
+    with pytest.raises(RunError, match="not a run directory"):
+        unlearn(config, letter.parent, NoTraining())
+    with pytest.raises(RunError, match=r"letter\.txt"):
+        unlearn(config, letter, NoTraining())
+    with pytest.raises(RunError):
+        unlearn(config, letter / "below", NoTraining())
+    assert list(letter.parent.iterdir()) == [letter]
+    assert letter.read_text() == "mine"
+
+
+# --- a full disk -------------------------------------------------------------------------------------------
+
+
+def full_disk(*_args: Any, **_kwargs: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_is_said_and_loses_nothing(
+    finished: Finished, done: Path, config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors import SafetensorError
+    from safetensors import torch as st
+
+    def full_save(*_args: Any, **_kwargs: Any) -> None:  # as safetensors says it
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    write_json = pipeline.write_json
+
+    def full_at(name: str) -> Callable[[Path, Any], None]:
+        return lambda file, content: full_disk() if file.name == name else write_json(file, content)
+
+    (done / "evaluation.json").unlink()
+    shutil.rmtree(done / "erasure")
+    for module, name, broken, kept in (
+        (pipeline, "write_json", full_at("run.json"), ["saes", "selection.json"]),
+        (st, "save_file", full_save, ["saes", "selection.json"]),
+        (pipeline, "write_json", full_at("evaluation.json"), ["saes", "selection.json", "erasure"]),
+    ):
+        before = state(done / "saes", done / "selection.json")
+        with monkeypatch.context() as m:
+            m.setattr(module, name, broken)
+            with pytest.raises(RunError, match=r"disk is full; free some space and run the same command again"):
+                unlearn(config, done, Progress())
+        assert [n for n in RESULTS if (done / n).exists()] == kept
+        assert state(done / "saes", done / "selection.json") == before
+        assert not leftovers(done)
+    unlearn(config, done, Progress())
+    as_finished(done, finished)
+
+
+def test_a_full_disk_while_saes_are_saved(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sae_lens import SAE
+
+    monkeypatch.setattr(SAE, "save_model", full_disk)
+    with pytest.raises(RunError, match="disk is full"):
+        unlearn(replace(config, sae={**config.sae, "tokens": 300}), tmp_path / "run", Progress())
+    assert read(tmp_path / "run" / "run.json")["status"] == "failed"
+    assert {f.name for f in (tmp_path / "run").iterdir()} == {"run.json", "events.jsonl"}
+
+
+def test_other_failures_to_write_do_not_blame_the_disks_size(
+    done: Path, config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (done / "evaluation.json").unlink()
+    write_json = pipeline.write_json
+
+    def denied(file: Path, content: Any) -> None:
+        if file.name == "evaluation.json":
+            raise PermissionError(errno.EACCES, "Permission denied", str(file))
+        write_json(file, content)
+
+    monkeypatch.setattr(pipeline, "write_json", denied)
+    with pytest.raises(RunError, match="Permission denied") as e:
+        unlearn(config, done, Progress())
+    assert "full" not in str(e.value)
+    assert read(done / "run.json")["status"] == "failed"
+
+
+# --- bad input is refused before any work ------------------------------------------------------------------
+
+
+def forget_is(text: str) -> Callable[[Path, RunConfig], dict[str, Any]]:
+    def make(folder: Path, _config: RunConfig) -> dict[str, Any]:
+        (folder / "bad.jsonl").write_text(text)
+        return {"forget": str(folder / "bad.jsonl")}
+
+    return make
+
+
+def overlapping(folder: Path, config: RunConfig) -> dict[str, Any]:
+    shared = Path(config.forget).read_text().splitlines()[7].replace("The ", "THE  ").upper()
+    (folder / "retain.jsonl").write_text(Path(config.retain).read_text() + shared.replace('"TEXT"', '"text"'))
+    return {"retain": str(folder / "retain.jsonl")}
+
+
+def single_retain_record(folder: Path, _config: RunConfig) -> dict[str, Any]:
+    (folder / "one.jsonl").write_text('{"text": "One text is not enough."}\n')
+    return {"retain": str(folder / "one.jsonl")}
+
+
+def pickled_model(folder: Path, config: RunConfig) -> dict[str, Any]:
+    shutil.copytree(config.model, folder / "model")
+    (folder / "model/model.safetensors").unlink()
+    torch.save({}, folder / "model/pytorch_model.bin")
+    return {"model": str(folder / "model")}
+
+
+def narrow_saes(folder: Path, _config: RunConfig) -> dict[str, Any]:
+    save_saes({1: topk_sae(1, d_in=16)}, folder / "saes")
+    return {"saes": str(folder / "saes")}
+
+
+def saes_of_another_hook(folder: Path, _config: RunConfig) -> dict[str, Any]:
+    save_saes({1: topk_sae(1, d_in=64, hook="blocks.1.hook_mlp_out")}, folder / "saes")
+    return {"saes": str(folder / "saes")}
+
+
+def fixed(**changes: Any) -> Callable[[Path, RunConfig], dict[str, Any]]:
+    return lambda _folder, config: {
+        n: {**getattr(config, n), **v} if n in ("sae", "select", "settings") else v for n, v in changes.items()
+    }
+
+
+BAD: dict[str, tuple[Callable[[Path, RunConfig], dict[str, Any]], type[SaeunlearnError], str]] = {
+    "missing forget file": (fixed(forget="./nowhere.jsonl"), CorpusError, "nowhere.jsonl does not exist"),
+    "empty forget file": (forget_is("\n"), CorpusError, "is empty"),
+    "broken forget file": (forget_is('{"text": "a fact"}\n{"text": '), CorpusError, "line 2"),
+    "forget records without text": (forget_is('{"title": "x"}'), CorpusError, "record 1"),
+    "missing questions": (fixed(questions="./nowhere.jsonl"), CorpusError, "nowhere.jsonl"),
+    "missing evaluation text": (fixed(eval_texts={"x": "./nowhere.jsonl"}), CorpusError, "nowhere.jsonl"),
+    "overlap": (overlapping, OverlapError, "1 of"),
+    "one retain record": (single_retain_record, CorpusError, "one record"),
+    "unknown method": (fixed(method="wishing"), ConfigError, "wishing"),
+    "unknown setting": (fixed(settings={"stepps": 3}), ConfigError, "stepps"),
+    "setting of a wrong type": (fixed(settings={"steps": "many"}), ConfigError, "steps must be a whole number"),
+    "setting out of range": (fixed(settings={"steps": 0}), ConfigError, "steps must be positive"),
+    "setting that is no option": (fixed(settings={"basis": "none"}), ConfigError, "basis must be relevant or"),
+    "unknown SAE setting": (fixed(sae={"width": 3}), ConfigError, "width"),
+    "SAE setting of a wrong type": (fixed(sae={"k": 2.5}), ConfigError, "k must be a whole number"),
+    "more active features than features": (fixed(sae={"k": 300}), ConfigError, "k = 300"),
+    "unknown selection setting": (fixed(select={"kk": 3}), ConfigError, "kk"),
+    "percentile out of range": (fixed(select={"percentile": 101.0}), ConfigError, "percentile"),
+    "K too large": (fixed(select={"k": 64}), SelectionError, "K = 64"),
+    "K of zero": (fixed(select={"k": 0}), SelectionError, "K = 0"),
+    "K of a wrong type": (fixed(select={"k": "4"}), ConfigError, "k must be a whole number or empty"),
+    "layer without an SAE": (fixed(select={"layer": 1}, layers="0"), ConfigError, "layer 1"),
+    "layer that is not there": (fixed(layers="0-7"), ModelError, "outside 0 … 1"),
+    "layers in no known form": (fixed(layers="all,1"), ModelError, "all,1"),
+    "SAEs of another width": (narrow_saes, SAEMismatchError, "reads 16 dimensions"),
+    "SAEs of another place": (saes_of_another_hook, SAEMismatchError, "hook_mlp_out"),
+    "no SAEs there": (fixed(saes="./nowhere"), SAEMismatchError, "nowhere"),
+    "missing model": (fixed(model="./nowhere"), ModelError, "nowhere"),
+    "pickled model": (pickled_model, ModelError, "safetensors"),
+    "unknown dtype": (fixed(dtype="float8"), ModelError, "float8"),
+    "taken name": (lambda _f, c: {"eval_texts": {"near": c.retain}}, ConfigError, "near"),
+    "forget as the name of a text": (lambda _f, c: {"eval_texts": {"forget": c.retain}}, ConfigError, "forget"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_before_any_work(
+    case: str, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make, error, said = BAD[case]
+    (tmp_path / "inputs").mkdir()
+    bad = replace(config, **make(tmp_path / "inputs", config))
+    with pytest.raises(error) as e:
+        unlearn(bad, tmp_path / "run", NoTraining())
+    assert said in str(e.value)
+    assert "\n" not in str(e.value).strip()
+    # Whoever mends the input may use the same directory again, unless it says what was wrong.
+    left = {f.name for f in (tmp_path / "run").glob("*")}
+    assert left <= {"run.json", "events.jsonl"}
+    if left:
+        assert read(tmp_path / "run/run.json")["status"] == "failed"
+        assert said in read(tmp_path / "run/run.json")["error"]
+
+
+def test_an_erasure_that_was_tampered_with_is_not_evaluated(done: Path, config: RunConfig) -> None:
+    (done / "evaluation.json").unlink()
+    part = next((done / "erasure").glob("part-*.safetensors"))
+    raw = bytearray(part.read_bytes())
+    raw[-1] ^= 1
+    part.write_bytes(raw)
+    with pytest.raises(ErasureError, match="sha256"):
+        unlearn(config, done, NoTraining())
+    assert not (done / "evaluation.json").exists()
+
+
+# --- privacy -----------------------------------------------------------------------------------------------
+
+
+def files_with(root: Path, text: str) -> list[str]:
+    return [str(f.relative_to(root)) for f in root.rglob("*") if f.is_file() and text.encode() in f.read_bytes()]
+
+
+def test_no_file_quotes_the_forget_set_unless_asked(finished: Finished, config: RunConfig, tmp_path: Path) -> None:
+    forget, questions = Corpus.load(config.forget), Corpus.load(str(config.questions))
+    assert any(MARKER in r.text and SECRET in r.text for r in forget)
+    assert any(MARKER in q.question and SECRET in q.answer for q in questions)
+    assert MARKER in str([r.meta for r in forget])
+    entities = {r.meta["entity"] for r in forget if "entity" in r.meta}
+    for text in (MARKER, SECRET, QUESTION, forget.records[0].text, *entities):
+        assert files_with(finished.root, text) == []
+
+    told = replace(config, include_text=True, saes=str(finished.root / "saes"), layers="1")
+    run = unlearn(told, tmp_path / "run", Progress())
+    samples = read(run.evaluation_file)["samples"]
+    page = (run.root / "report.html").read_text()
+    everything = [r.full_text for r in (*forget, *Corpus.load(config.retain))]
+    assert len(samples) >= 6
+    assert any(e in page for e in entities)
+    for s in samples:
+        assert html.escape(s["prompt"], quote=False) in page
+        assert any(text.startswith(s["prompt"]) for text in everything)
+
+
+def run_of(forget: Corpus, retain: Corpus, texts: dict[str, Corpus] | None = None) -> Run:
+    """A run that no model is needed for."""
+    config = RunConfig(model="m", forget="f", retain="r")
+    return Run(Path("run"), config, Progress(), None, forget, retain, None, texts or {})  # type: ignore[arg-type]
+
+
+def test_texts_are_evaluated_in_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"text": f"Text {i} of a set.", **({"set": s} if s else {})}
+            for i, s in enumerate(["near", "far", "", "forget", "near", "forget/seen"])]  # fmt: skip
+    (tmp_path / "retain.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    retain, forget = Corpus.load(tmp_path / "retain.jsonl"), Corpus.of(["secret one", "secret two"])
+    got = evaluation_texts(run_of(forget, retain, {"extra": Corpus.of(["More of it."], "x")}))
+    texts = {name: [r.text[:6] for r in c] for name, c in got.items()}
+    # Retain records never pass for the forget set, whatever they call themselves.
+    assert texts == {"forget": ["secret", "secret"], "near": ["Text 0", "Text 4"], "far": ["Text 1"],
+                     "retain": ["Text 2", "Text 3", "Text 5"], "extra": ["More o"]}  # fmt: skip
+    assert {n: c.name for n, c in got.items() if n != "forget"} == {n: n for n in texts if n != "forget"}
+    monkeypatch.setattr(pipeline, "EVAL_RECORDS", 2)
+    capped = {name: len(c) for name, c in evaluation_texts(run_of(forget, retain)).items()}
+    assert capped == {"forget": 2, "near": 2, "far": 1, "retain": 2}
+
+
+def test_prompts_never_give_the_whole_text_away() -> None:
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    texts = [" ".join(words[:n]) for n in (1, 2, 5, 10)]
+    retain = Corpus.of(["short", "alpha beta gamma"], "retain")
+    found = prompts(run_of(Corpus.of(texts, "forget"), retain))
+    assert found[:4] == ["one", "one", "one two three four", "one two three four five six seven eight"]
+    assert found[4:] == ["short", "alpha beta"]
+
+
+# --- settings ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Settings:
+    n: int = 3
+    rate: float = 0.5
+    on: bool = True
+    name: str = "x"
+    form: Literal["hard", "soft"] = "hard"
+    k: int | None = None
+
+
+@pytest.mark.parametrize(
+    ("given", "value"),
+    [
+        ({"n": 4}, 4), ({"n": 4.0}, 4), ({"rate": 1}, 1), ({"rate": 0.25}, 0.25), ({"on": False}, False),
+        ({"name": "y"}, "y"), ({"form": "soft"}, "soft"), ({"k": None}, None), ({"k": 7}, 7), ({"k": 7.0}, 7),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_of_the_right_type_are_taken(given: dict[str, Any], value: Any) -> None:
+    (name,) = given
+    got = getattr(settings_of(Settings, given, "test"), name)
+    assert got == value
+    assert isinstance(got, int) or name not in ("n", "k") or got is None
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"n": 4.5}, {"n": "4"}, {"n": True}, {"n": None}, {"n": math.inf}, {"n": math.nan}, {"n": [1]}, {"rate": "1"},
+        {"rate": True}, {"rate": math.nan}, {"rate": math.inf}, {"rate": None}, {"on": 1}, {"on": "true"},
+        {"name": 3}, {"name": None}, {"form": "firm"}, {"form": 1}, {"k": "7"}, {"k": 7.5}, {"k": False},
+        {"other": 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_of_a_wrong_type_are_refused_by_name(given: dict[str, Any]) -> None:
+    (name,) = given
+    with pytest.raises(ConfigError, match=rf"test setting.*{name}"):
+        settings_of(Settings, given, "test")
+
+
+@pytest.mark.parametrize("cls", [SAEConfig, SelectConfig, SSPUConfig])
+def test_defaults_are_of_the_type_that_is_asked_for(cls: type) -> None:
+    defaults = vars(cls())
+    assert settings_of(cls, defaults, "test") == cls()
+    assert settings_of(cls, {}, "test") == cls()
