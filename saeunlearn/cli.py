@@ -25,10 +25,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     args.command = ["saeunlearn", *(sys.argv[1:] if argv is None else argv)]
     try:
-        if getattr(args, "threads", None):
+        if (threads := getattr(args, "threads", None)) is not None:
             import torch
 
-            torch.set_num_threads(args.threads)
+            if threads < 1:
+                raise ConfigError(f"--threads {threads}: use at least one")
+            torch.set_num_threads(threads)
         args.verb(args)
     except SaeunlearnError as e:
         print(f"saeunlearn: {type(e).__name__}: {e}", file=sys.stderr)

@@ -44,6 +44,8 @@ from saeunlearn.pipeline import Run, RunConfig, evaluation_texts, prompts, setti
 from saeunlearn.progress import Progress
 from saeunlearn.sandbox.build import Sandbox
 
+pytestmark = pytest.mark.slow  # the fast set has test_end_to_end.py
+
 RESULTS = ("saes", "selection.json", "erasure", "evaluation.json")
 
 
