@@ -32,6 +32,14 @@ class SAEConfig:
     dead_after: int = 100_000  # positions without activity after which a feature counts as dead
     buffer: int = 500_000  # positions held in memory for shuffling
 
+    def check(self, d_model: int) -> None:
+        """Raises ConfigError naming what is out of range."""
+        for name in ("expansion", "tokens", "batch", "lr", "buffer"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"SAE setting {name} must be positive, not {getattr(self, name)}")
+        if not 1 <= self.k <= self.expansion * d_model:
+            raise ConfigError(f"k = {self.k} active features of d_sae = {self.expansion * d_model}")
+
 
 def train_saes(model: LanguageModel, corpus: Corpus, layers: Sequence[int], config: SAEConfig, *, seed: int,
                progress: Progress) -> dict[int, Any]:  # fmt: skip
@@ -44,11 +52,8 @@ def train_saes(model: LanguageModel, corpus: Corpus, layers: Sequence[int], conf
     from sae_lens.saes.sae import TrainStepInput
 
     model.check_layers(layers)
+    config.check(model.d_model)
     d_sae = config.expansion * model.d_model
-    if not 1 <= config.k <= d_sae:
-        raise ConfigError(f"k = {config.k} active features of d_sae = {d_sae}")
-    if min(config.tokens, config.batch) < 1 or not config.lr > 0:
-        raise ConfigError("tokens, batch and lr must be positive")
     items = windows(corpus, model)
     stream = shuffled(model, items, layers, batch=config.batch, buffer=config.buffer, seed=seed)
     first = next(stream)

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"saeunlearn: {type(e).__name__}: {e}", file=sys.stderr)
         return 1
     except OSError as e:
-        print(f"saeunlearn: {e}", file=sys.stderr)
+        print(f"saeunlearn: {type(e).__name__}: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nsaeunlearn: cancelled; the same command goes on from the last finished step", file=sys.stderr)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_h
 from . import __version__
 from .checkpoints import write_json
 from .corpus import Corpus, Record, refuse_overlap
-from .errors import Cancelled, ConfigError, RunError, SaeunlearnError
+from .errors import Cancelled, ConfigError, RunError, SAEMismatchError, SaeunlearnError
 from .evaluation.evaluate import combine, evaluate, is_forget
 from .features.selection import ProbeResult, SelectConfig, Selection, check_select, select
 from .methods import get_method
@@ -132,8 +132,9 @@ def unlearn(config: RunConfig, root: str | Path, progress: Progress, command: li
     earlier = claim(root, config)
     run = open_run(config, root, progress)
     check(run, earlier, settings, select_config)
+    ready = ready_saes(run) if config.saes else None
     with recorded(run, earlier, command):
-        saes = get_saes(run)
+        saes = ready or trained_saes(run)
         selection = get_selection(run, saes, select_config, settings) if "selection" in method.needs else None
         erasure = get_erasure(run, method, settings, selection, saes)
         if not run.evaluation_file.exists():
@@ -183,7 +184,7 @@ def check(run: Run, earlier: Mapping[str, Any], settings: Any, select_config: Se
         raise ConfigError(f"the names {taken} of evaluation texts are taken: choose others")
     check_config(settings)
     run.retain.split(0.2, run.config.seed)  # refuses a retain set that nothing can be held out of
-    settings_of(SAEConfig, run.config.sae, "SAE")
+    settings_of(SAEConfig, run.config.sae, "SAE").check(run.model.d_model)
     layers = parse_layers(run.model, run.config.layers)
     if select_config.layer is not None and select_config.layer not in layers:
         raise ConfigError(f"layer {select_config.layer} is not among the layers {run.config.layers}")
@@ -248,16 +249,25 @@ def recorded(run: Run, earlier: Mapping[str, Any], command: list[str] | None = N
 # --- steps -------------------------------------------------------------------------------------------------
 
 
-def get_saes(run: Run) -> dict[int, Any]:
-    """Ready SAEs, those of an earlier start, or newly trained ones on forget and retain text together."""
-    from sae_training import SAEConfig, load_saes, parse_layers, save_saes, train_saes
+def ready_saes(run: Run) -> dict[int, Any]:
+    """The user's SAEs. Raises SAEMismatchError where none is for the run's layers."""
+    from sae_training import load_saes, parse_layers
 
     layers = parse_layers(run.model, run.config.layers)
-    if run.config.saes:
-        return {i: s for i, s in load_saes(run.config.saes, run.model).items() if i in layers}
+    saes = load_saes(run.config.saes or "", run.model)
+    if not saes.keys() & set(layers):
+        raise SAEMismatchError(f"{run.config.saes} holds SAEs for layers {sorted(saes)}, not {run.config.layers}")
+    return {i: s for i, s in saes.items() if i in layers}
+
+
+def trained_saes(run: Run) -> dict[int, Any]:
+    """Those of an earlier start, or newly trained ones on forget and retain text together."""
+    from sae_training import SAEConfig, load_saes, parse_layers, save_saes, train_saes
+
     own = run.root / "saes"
     if not (own / "saes.json").exists():
         settings: SAEConfig = settings_of(SAEConfig, run.config.sae, "SAE")
+        layers = parse_layers(run.model, run.config.layers)
         both = Corpus(run.forget.records + run.retain.records, "forget and retain")
         save_saes(train_saes(run.model, both, layers, settings, seed=run.config.seed, progress=run.progress), own)
     return load_saes(own, run.model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from saeunlearn.errors import (
     SelectionError,
 )
 from saeunlearn.pipeline import unlearn
+from saeunlearn.progress import Progress
 from saeunlearn.sandbox.build import Sandbox
 
 
@@ -41,15 +43,19 @@ def test_a_run_directory_is_complete_and_says_nothing(finished: Finished) -> Non
             assert SECRET.encode() not in content, file
 
 
-def test_finished_steps_are_not_repeated(finished: Finished, micro: Sandbox, micro_data: Path) -> None:
-    kept = [finished.root / n for n in ("saes", "selection.json", "erasure", "evaluation.json")]
+def test_finished_steps_are_not_repeated(finished: Finished, micro: Sandbox, micro_data: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(finished.root, tmp_path / "run"))
+    kept = [root / n for n in ("saes", "selection.json", "erasure", "evaluation.json")]
     before = state(*kept)
-    unlearn(run_config(micro, micro_data), finished.root, NoTraining())
+    unlearn(run_config(micro, micro_data), root, NoTraining())
     assert state(*kept) == before
 
 
-def test_a_killed_run_goes_on_to_the_same_result(finished: Finished, micro: Sandbox, micro_data: Path) -> None:
-    run = unlearn(run_config(micro, micro_data), finished.killed, finished.run.progress.__class__())
+def test_a_killed_run_goes_on_to_the_same_result(
+    finished: Finished, micro: Sandbox, micro_data: Path, tmp_path: Path
+) -> None:
+    root = Path(shutil.copytree(finished.killed, tmp_path / "run"))
+    run = unlearn(run_config(micro, micro_data), root, Progress())
     assert read(run.erasure_dir / "erasure.json")["id"] == finished.erasure_id
 
 

@@ -152,17 +152,17 @@ def test_evaluation_is_that_of_the_model_before_and_after(finished: Finished, co
 # --- finished steps are not repeated -----------------------------------------------------------------------
 
 
-def test_a_finished_run_is_not_carried_out_again(finished: Finished, config: RunConfig) -> None:
-    results = [finished.root / name for name in RESULTS]
-    before, started = state(*results), read(finished.root / "run.json")["started"]
-    n_events = len((finished.root / "events.jsonl").read_text().splitlines())
-    run = unlearn(config, finished.root, NoTraining())
+def test_a_finished_run_is_not_carried_out_again(finished: Finished, done: Path, config: RunConfig) -> None:
+    results = [done / name for name in RESULTS]
+    before, started = state(*results), read(done / "run.json")["started"]
+    n_events = len((done / "events.jsonl").read_text().splitlines())
+    run = unlearn(config, done, NoTraining())
     assert state(*results) == before
-    said = read(finished.root / "run.json")
+    said = read(done / "run.json")
     assert (said["status"], said["started"]) == ("done", started)
     assert said["seconds"] >= read(finished.killed / "run.json").get("seconds", 0)
-    assert len((finished.root / "events.jsonl").read_text().splitlines()) == n_events
-    assert run.erasure_dir == finished.run.erasure_dir
+    assert len((done / "events.jsonl").read_text().splitlines()) == n_events
+    assert run.erasure_dir == done / "erasure"
 
 
 @pytest.mark.usefixtures("no_report")
