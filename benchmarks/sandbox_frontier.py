@@ -1,9 +1,10 @@
 """Forgetting against retention on sandbox worlds: both SSPU forms, strengths, K, seeds, and the two controls.
 
-    python benchmarks/sandbox_frontier.py --worlds 11 12 13 --seeds 0 1 2 --out runs/bench/frontier
+    python benchmarks/sandbox_frontier.py --worlds 21 22 23 --seeds 0 1 2 --out runs/bench/frontier
 
-Writes points.json (every run), frontier.png and table.md. The settings are the defaults of `saeunlearn demo`, except
-for what an axis varies. Worlds and SAEs are cached between starts; finished runs are not repeated.
+Writes points-WORLD.json (every run), frontier.png and table.md. The settings are the defaults of `saeunlearn demo`,
+except for what an axis varies. The strength axis scales a finished update. Worlds, SAEs and finished runs are kept
+between starts, and several processes may work on different worlds of one folder.
 """
 
 from __future__ import annotations
@@ -11,21 +12,29 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sae_training import SAEConfig, load_saes, save_saes, train_saes
 from saeunlearn import figures
+from saeunlearn.checkpoints import write_json
 from saeunlearn.corpus import Corpus
 from saeunlearn.evaluation.evaluate import group_of
 from saeunlearn.evaluation.metrics import multiple_choice
-from saeunlearn.features.selection import SelectConfig
-from saeunlearn.methods.sspu import SSPU, SSPUConfig
+from saeunlearn.features.selection import SelectConfig, Selection
+from saeunlearn.methods.deltas import attached
+from saeunlearn.methods.sspu import SSPUConfig, fit, prepare
 from saeunlearn.models import LanguageModel
 from saeunlearn.pipeline import choose, settings_of
 from saeunlearn.progress import ConsoleProgress, Progress
 from saeunlearn.sandbox.build import DEMO_SAE, DEMO_SELECT, DEMO_SETTINGS, Sandbox, SandboxConfig, WorldConfig, build
+
+SCALES = (0.25, 0.5, 0.75, 1.0, 1.5)
+TARGETS = {"forget": (0.15, 0.35), "seen": (0.97, 9.0), "held_out": (0.94, 9.0), "untouched": (0.94, 9.0)}
 
 
 class World:
@@ -41,105 +50,132 @@ class World:
         folder = out / f"saes-{seed}"
         if not folder.exists():
             both = Corpus(self.forget.records + self.retain.records)
-            layers = range(self.model.n_layers)
-            save_saes(
-                train_saes(self.model, both, list(layers), SAEConfig(**DEMO_SAE), seed=0, progress=progress), folder
-            )
+            layers = list(range(self.model.n_layers))
+            save_saes(train_saes(self.model, both, layers, SAEConfig(**DEMO_SAE), seed=0, progress=progress), folder)
         self.saes = load_saes(folder, self.model)
 
     def accuracy(self) -> dict[str, float]:
-        """Multiple choice by group, and the mean of `near` and `far` on seen phrasings."""
+        """Multiple choice by group."""
         groups: dict[str, list[float]] = {}
         for record, value in zip(self.questions, multiple_choice(self.model, self.questions).values):
             groups.setdefault(group_of(record), []).append(value)
         return {k: statistics.mean(v) for k, v in sorted(groups.items())}
 
-    def run(self, layer: int | None, settings: SSPUConfig, seed: int, k: int | None) -> dict[str, Any]:
-        """One erasure, measured; `layer` None chooses it."""
-        config = SelectConfig(**DEMO_SELECT, layer=layer, k=k)
-        selection = choose(self.model, self.saes, self.forget, self.retain, config, settings, seed, Progress())
-        erasure = SSPU().unlearn(
-            self.model, self.forget, self.retain, config=settings, selection=selection, saes=self.saes, seed=seed,
-            progress=Progress(),
-        )  # fmt: skip
-        with erasure.apply(self.model):
-            after = self.accuracy()
-        return {"world": self.seed, "seed": seed, "layer": selection.layer, "k": selection.k,
-                "d": self.model.d_model, "after": after, "budget": erasure.manifest["extra"]["budget"]}  # fmt: skip
+    def select(self, settings: SSPUConfig, seed: int, layer: int | None = None, k: int | None = None) -> Selection:
+        config = SelectConfig(**{**DEMO_SELECT, "layer": layer, "k": k or DEMO_SELECT["k"]})
+        return choose(self.model, self.saes, self.forget, self.retain, config, settings, seed, Progress())
+
+    def run(self, selection: Selection, settings: SSPUConfig, seed: int, curve: bool) -> dict[str, Any]:
+        """One update, trained, settled and measured; with `curve` at every strength."""
+        run = prepare(self.model, self.forget, self.retain, settings, selection, self.saes, seed)
+        fit(run, Progress())
+        budget = run.budget.settle(run.deltas)
+        after = {}
+        for scale in SCALES if curve else (1.0,):
+            with attached(run.deltas, scale):
+                after[f"{scale:g}"] = self.accuracy()
+        return {"layer": selection.layer, "k": selection.k, "d": self.model.d_model, "after": after, "budget": budget}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--worlds", type=int, nargs="+", default=[11, 12, 13])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--forms", nargs="+", default=["hard", "soft"])
-    parser.add_argument("--curve-seeds", type=int, nargs="*", default=[0], help="seeds of the strength curves")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench/frontier"))
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    file = args.out / "points.json"
+def jobs(forms: list[str], seeds: list[int]) -> Iterator[tuple[str, str, str, int | None, int]]:
+    """(kind, form, basis, K, seed): the default runs, and at the first seed other K and the controls."""
+    for s in seeds:
+        for form in forms:
+            yield "default", form, "relevant", None, s
+        if s == seeds[0] and "hard" in forms:
+            for k in (8, 16):
+                yield "K", "hard", "relevant", k, s
+            for basis in ("random_rows", "random_basis"):
+                yield "control", "hard", basis, None, s
+
+
+def measure(seed: int, args: argparse.Namespace) -> None:
+    """Every job of one world."""
+    file = args.out / f"points-{seed}.json"
     points: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     base = settings_of(SSPUConfig, DEMO_SETTINGS, "sspu")
-    jobs = [("default", form, "relevant", base.gamma, None, s) for s in args.seeds for form in args.forms]
-    for s in args.curve_seeds:
-        for gamma in (base.gamma / 4, base.gamma / 2, base.gamma * 2):
-            jobs += [("curve", form, "relevant", gamma, None, s) for form in args.forms]
-        jobs += [("K", "hard", "relevant", base.gamma, k, s) for k in (8, 32)]
-        for gamma in (base.gamma / 2, base.gamma, base.gamma * 2):
-            jobs += [("control", "hard", basis, gamma, None, s) for basis in ("random_rows", "random_basis")]
-    for seed in args.worlds:
-        world = World(seed, args.out)
-        points[f"original/{seed}"] = world.accuracy()
-        layer: dict[tuple[str, int], int] = {}
-        for kind, form, basis, gamma, k, s in jobs:
-            key = f"{kind}/{form}/{basis}/{gamma:g}/{k}/{seed}/{s}"
-            if key not in points:
-                # The layer is chosen once for a form and seed, by the default run, and kept along the curves.
-                fixed = None if kind == "default" else layer[(form, s)]
-                result = world.run(fixed, replace(base, form=form, basis=basis, gamma=gamma), s, k)
-                points[key] = {"kind": kind, "form": form, "basis": basis, "gamma": gamma, **result}
-                file.write_text(json.dumps(points, indent=1))
-                shown = " ".join(f"{g} {v:.2f}" for g, v in result["after"].items())
-                print(f"{key} layer {result['layer']}: {shown} rise {result['budget']['retain_rise']:.3f}", flush=True)
-            if kind == "default":
-                layer[(form, s)] = points[key]["layer"]
-    report(points, args.out)
+    world = World(seed, args.out)
+    points["original"] = world.accuracy()
+    for kind, form, basis, k, s in jobs(args.forms, args.seeds):
+        key = f"{kind}/{form}/{basis}/{k}/{s}"
+        if key not in points:
+            settings = replace(base, form=form, basis=basis)
+            # K and the controls are compared at the layer that the default run of their seed chose.
+            fixed = None if kind == "default" else points[f"default/{form}/relevant/None/{s}"]["layer"]
+            selection = world.select(settings, s, fixed, k)
+            result = world.run(selection, settings, s, curve=s == args.seeds[0])
+            points[key] = {"world": seed, "seed": s, "kind": kind, "form": form, "basis": basis, **result}
+            write_json(file, points)
+            shown = " ".join(f"{g} {v:.2f}" for g, v in result["after"]["1"].items())
+            print(f"{seed}/{key} layer {result['layer']}: {shown} rise {result['budget']['retain_rise']:.3f}",
+                  flush=True)  # fmt: skip
 
 
-def report(points: dict[str, Any], out: Path) -> None:
-    """The table of the default runs and the figure of all of them."""
-    original = {int(k.split("/")[1]): v for k, v in points.items() if k.startswith("original/")}
-    runs = [p for k, p in points.items() if not k.startswith("original/")]
-    lines = ["| form | group | original | after: mean | min | max |", "|---|---|---|---|---|---|"]
+def kept(after: dict[str, float], original: dict[str, float]) -> float:
+    return statistics.mean(after[g] / original[g] for g in after if "forget" not in g)
+
+
+def gone(after: dict[str, float]) -> float:
+    return statistics.mean(v for g, v in after.items() if "forget" in g)
+
+
+def table(worlds: dict[int, Any]) -> str:
+    """What the default runs kept of each group (forget: the score itself), and how many meet the aim."""
+    lines = ["| form | group | mean | sd | min | max | aim | runs that meet it |", "|---" * 8 + "|"]
     for form in ("hard", "soft"):
-        chosen = [p for p in runs if p["kind"] == "default" and p["form"] == form]
-        if not chosen:
-            continue
-        for group in chosen[0]["after"]:
-            values = [p["after"][group] for p in chosen]
-            before = statistics.mean(o[group] for o in original.values())
-            lines.append(f"| {form} | {group} | {before:.3f} | {statistics.mean(values):.3f} "
-                         f"| {min(values):.3f} | {max(values):.3f} |")  # fmt: skip
-    (out / "table.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
-    dots: dict[tuple[str, float, int], list[dict[str, Any]]] = {}
-    for p in runs:
-        series = p["form"] if p["basis"] == "relevant" else p["basis"].replace("_", " ")
-        dots.setdefault((series, p["gamma"], p["k"]), []).append(p)
-    shown = []
-    for (series, gamma, k), group in sorted(dots.items()):
-        kept = [statistics.mean(p["after"][g] / original[p["world"]][g] for g in p["after"] if "forget" not in g)
-                for p in group]  # fmt: skip
-        gone = [statistics.mean(v for g, v in p["after"].items() if "forget" in g) for p in group]
-        shown.append({
-            "series": f"{series}, K = {k}", "label": f"γ {gamma:g}", "x": statistics.mean(kept),
-            "y": statistics.mean(gone), "x_err": spread(kept), "y_err": spread(gone),
-        })  # fmt: skip
-    figures.save(figures.frontier(shown), out / "frontier.png")
+        runs = [(w["original"], p) for w in worlds.values() for p in w.values() if p.get("kind") == "default"
+                and p["form"] == form]  # fmt: skip
+        for group in runs[0][0] if runs else ():
+            forget = group.startswith("forget")
+            values = [p["after"]["1"][group] / (1 if forget else before[group]) for before, p in runs]
+            low, high = TARGETS["forget" if forget else group.split("/")[1]]
+            met = sum(low <= v <= high for v in values)
+            aim = f"{low}–{high}" if forget else f"≥ {low}"
+            lines.append(f"| {form} | {group} | {statistics.mean(values):.3f} | {spread(values):.3f} | "
+                         f"{min(values):.3f} | {max(values):.3f} | {aim} | {met} of {len(values)} |")  # fmt: skip
+    return "\n".join(lines) + "\n"
 
 
 def spread(values: list[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def report(out: Path) -> None:
+    """The table of the default runs and the figure of all curves, over every world measured so far."""
+    worlds = {int(f.stem.split("-")[1]): json.loads(f.read_text()) for f in sorted(out.glob("points-*.json"))}
+    (out / "table.md").write_text(table(worlds))
+    print(table(worlds))
+    dots: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for world in worlds.values():
+        for name, p in world.items():
+            if name != "original" and len(p["after"]) > 1:
+                basis = p["form"] if p["basis"] == "relevant" else p["basis"].replace("_", " ")
+                for scale, after in p["after"].items():
+                    point = (kept(after, world["original"]), gone(after))
+                    dots.setdefault((f"{basis}, K = {p['k']}", scale), []).append(point)
+    shown = [
+        {"series": series, "label": f"×{scale}", "x": statistics.mean(x for x, _ in points),
+         "y": statistics.mean(y for _, y in points), "x_err": spread([x for x, _ in points]),
+         "y_err": spread([y for _, y in points])}
+        for (series, scale), points in dots.items()
+    ]  # fmt: skip
+    figures.save(figures.frontier(shown), out / "frontier.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--worlds", type=int, nargs="*", default=[21, 22, 23])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--forms", nargs="+", default=["hard", "soft"])
+    parser.add_argument("--out", type=Path, default=Path("runs/bench/frontier"))
+    parser.add_argument("--threads", type=int)
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for seed in args.worlds:
+        measure(seed, args)
+    report(args.out)
 
 
 if __name__ == "__main__":

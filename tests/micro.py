@@ -79,7 +79,8 @@ def run_config(box: Sandbox, data: Path, **changes: Any) -> RunConfig:
         "sae": {"tokens": 20_000, "batch": 256, "expansion": 4, "k": 8, "buffer": 4_096, "lr": 4e-3},
         "select": {"k": 2, "percentile": 80.0, "shortlist": 2, "max_records": 60},
         "settings": {"gated": False, "target": "relevant", "gamma": 6.0, "alpha": 1.0, "lr": 0.5, "blocks": 2,
-                     "steps": 8, "batch": 8, "max_length": 16, "max_retain_rise": 0.5, "check_every": 4},
+                     "swapped": 0.2, "steps": 8, "batch": 8, "max_length": 16, "max_retain_rise": 0.5,
+                     "check_every": 4},
     }  # fmt: skip
     return RunConfig(**{**settings, **changes})
 

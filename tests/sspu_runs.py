@@ -17,7 +17,8 @@ LAYER, K = 2, 4
 # Every setting that a test relies on is written out: the defaults are not its business.
 CONFIG = SSPUConfig(
     form="hard", gated=True, basis="relevant", target="relevant", blocks=3, attention=False, gamma=2.0,
-    alpha=1.0, lam=0.1, lr=0.05, steps=6, batch=4, max_length=32, max_retain_rise=1e6, check_every=3,
+    alpha=1.0, lam=0.1, lr=0.05, swapped=0.0, steps=6, batch=4, max_length=32, max_retain_rise=1e6,
+    max_other_rise=1e6, check_every=3,
 )  # fmt: skip
 
 

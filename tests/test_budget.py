@@ -14,14 +14,20 @@ from torch import Tensor
 from toys import FORGET, RETAIN
 
 from saeunlearn.corpus import endless, windows
-from saeunlearn.losses import mean_loss
+from saeunlearn.losses import mean_loss, token_losses
 from saeunlearn.methods import sspu
 from saeunlearn.methods.budget import Budget
 from saeunlearn.methods.deltas import attached, new_deltas
-from saeunlearn.methods.sspu import fit, probe_layer, read_off
+from saeunlearn.methods.sspu import fit, prepare, probe_layer, read_off
 from saeunlearn.models import LanguageModel
 from saeunlearn.progress import Progress
 from saeunlearn.training import TrainConfig, train
+
+LIMIT = 0.01
+
+
+def retain_rise(budget: Budget, deltas: list[Any], scale: float = 1.0) -> float:
+    return budget.measure_rises(deltas, scale)["retain"]
 
 
 def test_attached_scales_the_update(lm: LanguageModel) -> None:
@@ -65,14 +71,14 @@ def test_the_budget_is_kept_on_records_that_were_not_trained_on(trained: Languag
     assert math.isclose(rise, said["retain_rise"], abs_tol=1e-5)
     assert math.isclose(base, said["retain_loss_before"], rel_tol=1e-6)
     run = prepared(trained, seed=4)
-    assert {w.ids for w in run.budget.items} == {w.ids for w in held}
-    assert not {w.ids for w in run.budget.items} & {w.ids for w in run.retain}
+    assert {w.ids for w in run.budget.watches["retain"].items} == {w.ids for w in held}
+    assert not {w.ids for w in run.budget.watches["retain"].items} & {w.ids for w in run.retain}
 
 
 @pytest.fixture
 def watched(trained: LanguageModel) -> tuple[Budget, list[Any], Tensor]:
     """(a budget of 1 %, one dense delta, a direction in which the loss rises steadily)."""
-    budget = Budget.measure(trained, windows(RETAIN, trained), 0.01, 0)
+    budget = Budget.measure(trained, windows(RETAIN, trained), LIMIT, 0)
     deltas = new_deltas(trained.writers([1]), [None])
     direction = torch.randn(deltas[0].free.shape, generator=torch.Generator().manual_seed(1))
     return budget, deltas, direction
@@ -82,33 +88,36 @@ def test_settle_finds_the_strongest_share_within_the_budget(watched: tuple[Budge
     budget, deltas, direction = watched
     (delta,) = deltas
     delta.free.data = direction.clone()
-    assert budget.measure_rise(deltas, 0.0) == 0
+    assert retain_rise(budget, deltas, 0.0) == 0
     edge = 1e-3
-    while budget.measure_rise(deltas, edge) <= budget.limit:
+    while retain_rise(budget, deltas, edge) <= LIMIT:
         edge *= 1.5
     strong = 1.2 * edge
     delta.free.data = strong * direction
     said = budget.settle(deltas)
     assert 0 < said["scale"] < 1
     torch.testing.assert_close(delta.free.data, said["scale"] * strong * direction)
-    assert math.isclose(budget.measure_rise(deltas), said["retain_rise"], abs_tol=1e-6)
-    assert said["retain_rise"] <= budget.limit
+    assert math.isclose(retain_rise(budget, deltas), said["retain_rise"], abs_tol=1e-6)
+    assert said["retain_rise"] <= LIMIT
     delta.free.data = strong * direction
-    assert budget.measure_rise(deltas, said["scale"] + 1 / 64) > budget.limit
+    assert retain_rise(budget, deltas, said["scale"] + 1 / 64) > LIMIT
 
 
-def test_settle_leaves_an_update_within_the_budget_alone(watched: tuple[Budget, list[Any], Tensor]) -> None:
+def test_settle_strengthens_an_update_far_within_the_budget_by_half(
+    watched: tuple[Budget, list[Any], Tensor],
+) -> None:
     budget, deltas, direction = watched
     deltas[0].free.data = 1e-4 * direction
     said = budget.settle(deltas)
-    assert torch.equal(deltas[0].free, 1e-4 * direction)
-    assert (said["scale"], said["retain_rise"]) == (1.0, budget.measure_rise(deltas))
+    torch.testing.assert_close(deltas[0].free.data, 1.5e-4 * direction)
+    assert said["scale"] == 1.5
+    assert math.isclose(said["retain_rise"], retain_rise(budget, deltas), abs_tol=1e-6)
 
 
 def test_check_steers_the_retain_weight(watched: tuple[Budget, list[Any], Tensor]) -> None:
     budget, deltas, direction = watched
     deltas[0].free.data = direction.clone()
-    assert budget.check(deltas) > budget.limit
+    assert budget.check(deltas)["retain"] > LIMIT
     assert budget.factor == 1.5
     deltas[0].free.data = 1e-4 * direction
     budget.check(deltas)
@@ -119,6 +128,46 @@ def test_check_steers_the_retain_weight(watched: tuple[Budget, list[Any], Tensor
     deltas[0].free.data = 1e4 * direction
     budget.check(deltas)
     assert budget.spent
+
+
+def test_every_watched_text_keeps_its_own_limit(watched: tuple[Budget, list[Any], Tensor]) -> None:
+    budget, deltas, direction = watched
+    items = windows(FORGET, budget.model)
+    odd = [torch.arange(len(w.ids) - 1) % 2 == 1 for w in items]
+    budget.watch("nothing", items, [torch.zeros_like(o) for o in odd], 0.1)
+    assert set(budget.watches) == {"retain"}
+    budget.watch("other", items, odd, 0.02)
+    deltas[0].free.data = direction.clone()
+    rises = budget.measure_rises(deltas)
+    with attached(deltas):
+        by_hand = torch.cat([x[o] for x, o in zip(token_losses(budget.model, items), odd)]).mean()
+    base = torch.cat([x[o] for x, o in zip(token_losses(budget.model, items), odd)]).mean()
+    assert math.isclose(rises["other"], float(by_hand / base) - 1, abs_tol=1e-5)
+    assert budget.used(rises) == max(rises["retain"] / LIMIT, rises["other"] / 0.02)
+    assert budget.used({"retain": 0.0, "other": math.nan}) == math.inf
+    said = budget.settle(deltas)
+    assert said["retain_rise"] <= LIMIT
+    assert said["other_rise"] <= 0.02
+    assert max(said["retain_rise"] / LIMIT, said["other_rise"] / 0.02) > 0.5  # the strength that is left is used
+
+
+def test_a_gated_run_watches_the_other_words_of_forget_texts(llama: LanguageModel) -> None:
+    selection = chosen(llama)  # whose gate opens almost everywhere
+    with torch.no_grad():
+        h = torch.cat([llama.capture(torch.tensor([w.ids]), [LAYER])[LAYER][0, 1:] for w in windows(FORGET, llama)])
+    middle = float(selection.gate.activity(sae_for(), h).median())
+    selection = replace(selection, gate=replace(selection.gate, threshold=middle))
+    config = replace(CONFIG, gated=True, max_other_rise=0.5)
+    run = prepare(llama, FORGET, RETAIN, config, selection, {LAYER: sae_for()}, 0)
+    watch = run.budget.watches["other"]
+    assert watch.limit == 0.5
+    assert {w.ids for w in watch.items} == {w.ids for w in run.forget}
+    gate, sae = run.selection.gate, run.sae
+    for w, counted in zip(watch.items, watch.counted or []):
+        h = llama.capture(torch.tensor([w.ids]), [LAYER])[LAYER][0]
+        is_open = [False, *gate.open(sae, h)[1:].tolist()]
+        assert counted.tolist() == [not (is_open[t] or is_open[t + 1]) for t in range(len(w.ids) - 1)]
+    assert set(prepared(llama, replace(CONFIG, gated=False)).budget.watches) == {"retain"}
 
 
 # --- probes ------------------------------------------------------------------------------------------------

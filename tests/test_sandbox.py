@@ -149,6 +149,14 @@ def test_choices_hold_the_answer_once_and_three_other_values_of_its_attribute(wo
     assert all(abs(places[i] - n / 4) < slack for i in range(4))
 
 
+def test_every_value_is_equally_frequent_so_that_chance_is_chance() -> None:
+    world = make_world(WorldConfig(seed=3))
+    facts = {(q.meta["topic"], q.meta["entity"], q.meta["attribute"]): q.answer for q in world.questions}
+    often = Counter((topic, attribute, value) for (topic, _, attribute), value in facts.items())
+    assert set(often.values()) == {world.config.entities // world.config.values}
+    assert len(often) == 4 * world.config.attributes * world.config.values
+
+
 def test_the_near_topic_shares_phrasings_and_attributes_with_the_forget_topic() -> None:
     world = make_world(WorldConfig(seed=2, entities=20, attributes=5))
 

@@ -25,7 +25,7 @@ from saeunlearn.features.selection import Selection
 from saeunlearn.features.subspace import principal_angles
 from saeunlearn.methods import METHODS, get_method
 from saeunlearn.methods.deltas import attached
-from saeunlearn.methods.sspu import SSPU, SSPUConfig, fit, stacked
+from saeunlearn.methods.sspu import SSPU, SSPUConfig, fit, known, prefix_hashes, stacked, with_swapped_tokens
 from saeunlearn.models import LanguageModel
 from saeunlearn.progress import Progress
 
@@ -172,6 +172,7 @@ def test_applied_attached_merged_and_exported_agree(lm: LanguageModel, arch_path
         run = prepared(lm)  # the same run, step by step
         with torch.enable_grad():
             fit(run, Progress())
+        run.budget.settle(run.deltas)
         with attached(run.deltas):
             assert same_logits(lm.logits(IDS), applied)
             there = lm.capture(IDS, [LAYER])[LAYER]
@@ -209,7 +210,7 @@ def test_no_gradient_is_left_on_the_model(llama: LanguageModel) -> None:
 
 def test_blocks_above_the_layer_never_run_while_training(llama: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     run = prepared(llama)
-    monkeypatch.setattr(run.budget, "check", lambda _deltas: 0.0)  # a loss needs all blocks
+    monkeypatch.setattr(run.budget, "check", lambda _deltas: {"retain": 0.0})  # a loss needs all blocks
     ran: list[int] = []
     for i, block in enumerate(llama.blocks):
         block.register_forward_hook(lambda _m, _a, _o, i=i: ran.append(i))
@@ -339,6 +340,26 @@ def test_what_does_not_belong_together_is_refused(llama: LanguageModel) -> None:
         method.unlearn(llama, FORGET, RETAIN, selection=selection, saes={LAYER: sae_for(1)}, **run)
 
 
+def test_bos_is_held(llama: LanguageModel) -> None:
+    moved = {}
+    for alpha in (0.0, 1e3):
+        erasure = erase(llama, replace(CONFIG, gated=False, alpha=alpha, steps=30))
+        with torch.no_grad():
+            before = llama.capture(IDS, [LAYER])[LAYER][:, 0]
+            with erasure.apply(llama):
+                after = llama.capture(IDS, [LAYER])[LAYER][:, 0]
+        moved[alpha] = float((after - before).norm() / before.norm())
+    assert moved[1e3] < 0.2 * moved[0.0]
+
+
+def test_what_begins_a_retain_text_too_is_never_pushed(llama: LanguageModel) -> None:
+    # Every forget text is the beginning of a retain text, so nothing is left to push.
+    forget = Corpus.of(["a red map", "the old mill"])
+    retain = Corpus.of([f"{t} is {w}" for t in ("a red map", "the old mill") for w in ("wet", "near", "far", "big")])
+    erasure = erase(llama, replace(CONFIG, gated=False), forget=forget, retain=retain)
+    assert all(row["forget"] == 0.0 for row in erasure.manifest["losses"])
+
+
 def test_registry() -> None:
     assert "sspu" in METHODS
     method = get_method("sspu")
@@ -358,3 +379,26 @@ def test_stacked_keeps_every_window(llama: LanguageModel) -> None:
     assert torch.equal(both.ids, expected.ids)
     assert torch.equal(both.attention_mask, expected.attention_mask)
     assert torch.equal(both.mask, expected.mask)
+
+
+def test_known_marks_the_beginnings_that_retain_texts_share(llama: LanguageModel) -> None:
+    f = collate(windows(Corpus.of(["a red map of the mill", "the mill"]), llama), llama.pad_id)
+    r = windows(Corpus.of(["a red map is old", "mill the"]), llama)
+    begun = {w.ids[: n + 1] for w in r for n in range(len(w.ids))}
+    expected = [[tuple(ids[: n + 1]) in begun for n in range(len(ids))] for ids in f.ids.tolist()]
+    got = known(f, frozenset(p for w in r for p in prefix_hashes(w.ids)))
+    assert got.tolist() == expected
+    assert got[:, 0].all()  # BOS begins every text
+    assert 3 < int(got.sum()) < int(f.attention_mask.sum())
+
+
+def test_swapped_tokens_come_from_the_batch_and_leave_bos_and_padding(llama: LanguageModel) -> None:
+    batch = collate(windows(RETAIN, llama)[:6] + windows(Corpus.of(["old mill"]), llama), llama.pad_id)
+    swap = with_swapped_tokens(batch, 0.5, torch.Generator().manual_seed(0))
+    changed = swap.ids != batch.ids
+    assert not changed[~batch.mask].any()
+    assert 0.2 < float(changed[batch.mask].double().mean()) < 0.6
+    assert set(swap.ids[batch.mask].tolist()) <= set(batch.ids[batch.mask].tolist())
+    again = with_swapped_tokens(batch, 0.5, torch.Generator().manual_seed(0))
+    assert torch.equal(again.ids, swap.ids)
+    assert torch.equal(with_swapped_tokens(batch, 0.0, torch.Generator()).ids, batch.ids)

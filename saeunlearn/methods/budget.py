@@ -2,78 +2,118 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ..corpus import Window
 from ..errors import ConfigError
-from ..losses import mean_loss
+from ..losses import mean_loss, token_losses
 from ..models import LanguageModel
 from .deltas import Delta, attached
 
-MAX_TOKENS = 20_000  # of the held-out retain text that a check reads
+MAX_TOKENS = 20_000  # of each text that a check reads
 MAX_FACTOR = 64.0  # on the retain weight
+MAX_SCALE = 1.5  # of what was learned, where the budget has room
 RUINED = 1.0  # relative rise at which a run ends at once
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Text whose loss may rise by `limit` (relative to `base`, nats a token).
+
+    `counted`: which tokens of each window, aligned to `window.ids[1:]`; None: all.
+    """
+
+    items: list[Window]
+    counted: list[Tensor] | None
+    limit: float
+    base: float
 
 
 @dataclass
 class Budget:
-    """Watches the relative rise of the held-out retain loss while deltas train, and finds the strength it allows.
+    """Watches relative rises of losses while deltas train, and finds the strength that they allow.
 
     `check` tightens or relaxes `factor`, by which a method multiplies its retain weight; `settle` scales what was
-    learned down until it is within the limit.
+    learned to the strength that the limits allow. `watches` holds "retain" and maybe others.
     """
 
     model: LanguageModel
-    items: list[Window]
-    limit: float
-    base: float
+    watches: dict[str, Watch]
     factor: float = 1.0
-    spent: bool = False  # far beyond the limit: going on is pointless
+    spent: bool = False  # far beyond a limit: going on is pointless
 
     @classmethod
     def measure(cls, model: LanguageModel, items: Sequence[Window], limit: float, seed: int) -> Budget:
-        """Raises ConfigError for a limit that no run could keep."""
+        """A budget on held-out retain text. Raises ConfigError for a limit that no run could keep."""
         if limit <= 0:
             raise ConfigError(f"the retention budget is {limit}; it must be positive (0.02 allows a rise of 2 %)")
-        order = list(items)
-        random.Random(seed).shuffle(order)
-        chosen: list[Window] = []
-        while order and sum(len(w.ids) for w in chosen) < MAX_TOKENS:
-            chosen.append(order.pop())
-        return cls(model, chosen, limit, mean_loss(model, chosen))
+        chosen = some(items, seed)
+        return cls(model, {"retain": Watch(chosen, None, limit, _loss(model, chosen, None))})
 
-    def measure_rise(self, deltas: Sequence[Delta], scale: float = 1.0) -> float:
-        """Relative rise of the held-out retain loss with the deltas attached."""
+    def watch(self, name: str, items: list[Window], counted: list[Tensor], limit: float) -> None:
+        """Watch more text, unless there is nothing in it to count."""
+        if any(bool(c.any()) for c in counted):
+            self.watches[name] = Watch(items, counted, limit, _loss(self.model, items, counted))
+
+    def measure_rises(self, deltas: Sequence[Delta], scale: float = 1.0) -> dict[str, float]:
+        """Relative rise of each watched loss with the deltas attached."""
         with attached(deltas, scale):
-            return mean_loss(self.model, self.items) / self.base - 1
+            return {n: _loss(self.model, w.items, w.counted) / w.base - 1 for n, w in self.watches.items()}
 
-    def check(self, deltas: Sequence[Delta]) -> float:
-        """The present rise. Raises `factor` when it is beyond the limit, and lets it sink when there is room."""
-        rise = self.measure_rise(deltas)
-        if rise > self.limit:
+    def used(self, rises: dict[str, float]) -> float:
+        """The largest rise as a share of its limit; NaN counts as more than everything."""
+        shares = [rises[n] / w.limit for n, w in self.watches.items()]
+        return math.inf if any(math.isnan(s) for s in shares) else max(shares)
+
+    def check(self, deltas: Sequence[Delta]) -> dict[str, float]:
+        """The present rises. Raises `factor` when one is beyond its limit, and lets it sink when there is room."""
+        rises = self.measure_rises(deltas)
+        if self.used(rises) > 1:
             self.factor = min(self.factor * 1.5, MAX_FACTOR)
-        elif rise < self.limit / 2:
+        elif self.used(rises) < 0.5:
             self.factor = max(self.factor / 1.25, 1.0)
-        self.spent = not rise < RUINED
-        return rise
+        self.spent = not max(rises.values()) < RUINED
+        return rises
 
     @torch.no_grad()
     def settle(self, deltas: Sequence[Delta]) -> dict[str, float]:
-        """Scale the deltas in place to the strongest share (at most 1) within the limit; says what that costs."""
-        scale, rise = 1.0, self.measure_rise(deltas)
-        if not rise <= self.limit:
-            scale, high, rise = 0.0, 1.0, 0.0
+        """Scale the deltas in place to the strongest share (at most MAX_SCALE) within all limits; says what that
+        costs."""
+        scale, rises = MAX_SCALE, self.measure_rises(deltas, MAX_SCALE)
+        if not self.used(rises) <= 1:
+            scale, high, rises = 0.0, MAX_SCALE, dict.fromkeys(self.watches, 0.0)
             for _ in range(7):
                 middle = (scale + high) / 2
-                there = self.measure_rise(deltas, middle)
-                if there <= self.limit:
-                    scale, rise = middle, there
+                there = self.measure_rises(deltas, middle)
+                if self.used(there) <= 1:
+                    scale, rises = middle, there
                 else:
                     high = middle
-            for d in deltas:
-                d.free.mul_(scale)
-        return {"limit": self.limit, "retain_rise": rise, "retain_loss_before": self.base, "scale": scale}
+        for d in deltas:
+            d.free.mul_(scale)
+        said = {"scale": scale}
+        for name, w in self.watches.items():
+            said |= {f"{name}_limit": w.limit, f"{name}_rise": rises[name], f"{name}_loss_before": w.base}
+        return said
+
+
+def some(items: Sequence[Window], seed: int) -> list[Window]:
+    """Windows drawn at random until MAX_TOKENS are reached."""
+    order = list(items)
+    random.Random(seed).shuffle(order)
+    chosen: list[Window] = []
+    while order and sum(len(w.ids) for w in chosen) < MAX_TOKENS:
+        chosen.append(order.pop())
+    return chosen
+
+
+def _loss(model: LanguageModel, items: list[Window], counted: list[Tensor] | None) -> float:
+    if counted is None:
+        return mean_loss(model, items)
+    return float(torch.cat([x[c] for x, c in zip(token_losses(model, items), counted)]).double().mean())

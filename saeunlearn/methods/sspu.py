@@ -4,13 +4,14 @@ The paper's three stages are known, its formulas are reconstructed (METHODS §1)
 driven towards a control vector in the irrelevant subspace, retain activations are kept, and the weight update is
 confined to the relevant subspace: softly by a penalty (`form="soft"`), or exactly, W = W₀ + U_rel B (`form="hard"`,
 ours). With `gated` (ours) the forget loss acts only where the relevant features fire, and the other positions of
-the forget texts are held like retain text.
+the forget texts are held like retain text. Ours too: BOS is held; a forget position whose whole prefix begins a retain
+text as well is never pushed; and a copy of the retain batch with some tokens exchanged is held.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -20,12 +21,13 @@ from torch import Tensor
 from ..corpus import Batch, Corpus, Window, collate, endless, refuse_overlap, windows
 from ..erasure import Erasure
 from ..errors import ConfigError, ModelError, NonFiniteError
+from ..features.gate import other_words
 from ..features.selection import ProbeResult, Selection, check_selection
 from ..features.subspace import orthonormal_basis, subspaces
 from ..models import LanguageModel, Writer
 from ..progress import Progress
 from ..training import one_cycle
-from .budget import Budget
+from .budget import Budget, some
 from .deltas import Delta, attached, frozen, new_deltas
 
 
@@ -44,10 +46,12 @@ class SSPUConfig:
     alpha: float = 10.0  # weight of keeping retain activations
     lam: float = 0.1  # soft form: weight of ‖(I − P_rel)ΔW‖² relative to ‖W₀‖²
     lr: float = 0.1  # AdamW step relative to the root mean square of each trained matrix
+    swapped: float = 0.2  # share of exchanged tokens in a second, held copy of each retain batch; 0: no copy
     steps: int = 250
     batch: int = 16  # forget windows and retain windows a step
     max_length: int = 256  # tokens in a training window
     max_retain_rise: float = 0.01  # relative rise of the loss on held-out retain records that the result keeps to
+    max_other_rise: float = 0.03  # gated: the same for the words of forget texts that are not about the topic
     check_every: int = 25  # steps between checks of the budget
 
 
@@ -97,6 +101,7 @@ class SSPURun:
     u_irr: Tensor  # [d, q]
     direction: Tensor  # u [d], the unit control direction; c = γ‖h‖u
     budget: Budget
+    prefixes: frozenset[int]  # of the retain windows
     seed: int
 
 
@@ -116,12 +121,17 @@ def prepare(model: LanguageModel, forget: Corpus, retain: Corpus, config: SSPUCo
     writers = model.writers(blocks, ("mlp", "attn") if config.attention else ("mlp",))
     bases = [writer_basis(w, u_rel) if config.form == "hard" else None for w in writers]
     train_part, held = retain.split(0.2, seed)
-    f_items = windows(forget, model, config.max_length)
+    f_items, r_items = (windows(c, model, config.max_length) for c in (forget, train_part))
+    budget = Budget.measure(model, windows(held, model, config.max_length), config.max_retain_rise, seed)
+    if config.gated:
+        sample = some(f_items, seed)
+        others = other_words(model, saes[layer], selection.gate, layer, sample)
+        budget.watch("other", sample, others, config.max_other_rise)
     return SSPURun(
-        model=model, config=config, selection=selection, sae=saes[layer], forget=f_items,
-        retain=windows(train_part, model, config.max_length), deltas=new_deltas(writers, bases),
+        model=model, config=config, selection=selection, sae=saes[layer], forget=f_items, retain=r_items,
+        prefixes=frozenset(p for w in r_items for p in prefix_hashes(w.ids)), deltas=new_deltas(writers, bases),
         u_rel=u_rel.float().to(device), u_irr=u_irr.float().to(device), direction=(u / u.norm()).float().to(device),
-        budget=Budget.measure(model, windows(held, model, config.max_length), config.max_retain_rise, seed), seed=seed,
+        budget=budget, seed=seed,
     )  # fmt: skip
 
 
@@ -130,12 +140,15 @@ def check_config(config: SSPUConfig) -> None:
     for name, known in (("form", ("hard", "soft")), ("target", ("relevant", "irrelevant"))):
         if getattr(config, name) not in known:
             raise ConfigError(f"unknown {name} {getattr(config, name)!r}; use {' or '.join(known)}")
-    for name in ("steps", "batch", "blocks", "check_every", "gamma", "lr", "max_retain_rise"):
+    for name in ("steps", "batch", "blocks", "check_every", "gamma", "lr", "max_retain_rise",
+                 "max_other_rise"):  # fmt: skip
         if not getattr(config, name) > 0:
             raise ConfigError(f"{name} must be positive, not {getattr(config, name)}")
     for name in ("alpha", "lam"):
         if not getattr(config, name) >= 0:
             raise ConfigError(f"{name} must not be negative, not {getattr(config, name)}")
+    if not 0 <= config.swapped < 1:
+        raise ConfigError(f"swapped is a share of tokens from 0 to below 1, not {config.swapped}")
 
 
 def control_rows(w_dec: Tensor, selection: Selection, basis: str, seed: int) -> Tensor:
@@ -174,23 +187,27 @@ def fit(run: SSPURun, progress: Progress) -> list[dict[str, float]]:
     w0 = sum(float(d.writer.weight.detach().float().pow(2).sum()) for d in run.deltas)
     f_batches = endless(run.forget, model.pad_id, cfg.batch, run.seed)
     r_batches = endless(run.retain, model.pad_id, cfg.batch, run.seed + 1)
+    swaps = torch.Generator().manual_seed(run.seed)
     history: list[dict[str, float]] = []
     progress.start(f"SSPU ({cfg.form}) at layer {layer}", cfg.steps)
     for step in range(cfg.steps):
         for group in optimiser.param_groups:
             group["lr"] = group["peak"] * one_cycle(step, cfg.steps, 0.05)
-        f, r = next(f_batches).to(model.device), next(r_batches).to(model.device)
-        both = stacked(f, r, model.pad_id)
+        f, r = next(f_batches), next(r_batches)
+        if cfg.swapped > 0:
+            r = stacked(r, with_swapped_tokens(r, cfg.swapped, swaps), model.pad_id)
+        both = stacked(f, r, model.pad_id).to(model.device)
         with torch.no_grad():
             before = model.capture(both.ids, [layer], both.attention_mask)[layer].float()
         with frozen(model), attached(run.deltas):
             after = model.capture(both.ids, [layer], both.attention_mask)[layer].float()
         is_forget = torch.zeros_like(both.mask)
         is_forget[: len(f.ids)] = True
-        push = both.mask & is_forget
+        push = both.mask & is_forget & ~known(both, run.prefixes)
         if cfg.gated:
             push &= run.selection.gate.open(run.sae, before)
-        hold = both.mask & ~push
+        # BOS is held too: what a run did to this attention sink would reach every position of every text.
+        hold = both.attention_mask.bool() & ~push
         zero = after.sum() * 0.0
         # Relative to each position's own norm: the blocks above normalise it away, and a few positions with a
         # huge norm (attention sinks, sentence starts) would otherwise be all that the loss sees.
@@ -211,14 +228,31 @@ def fit(run: SSPURun, progress: Progress) -> list[dict[str, float]]:
         row = {"step": step, "loss": loss.item(), "forget": forget_loss.item(), "retain": retain_loss.item()}
         row |= stream_report(run, moved.detach()[push])
         if (step + 1) % cfg.check_every == 0 or step + 1 == cfg.steps:
-            row["retain_rise"] = run.budget.check(run.deltas)
+            row |= {f"{name}_rise": rise for name, rise in run.budget.check(run.deltas).items()}
         history.append(row)
-        figures = {k: row[k] for k in ("loss", "retain_rise") if k in row}
+        figures = {k: v for k, v in row.items() if k == "loss" or k.endswith("_rise")}
         progress.step(1, **figures)
         if run.budget.spent:
             break
     progress.finish(forget=history[-1]["forget"], retain_rise=history[-1]["retain_rise"])
     return history
+
+
+def prefix_hashes(ids: Sequence[int]) -> Iterator[int]:
+    """For every position, a hash of all tokens up to and with it."""
+    state = 0
+    for token in ids:
+        state = hash((state, token))
+        yield state
+
+
+def known(batch: Batch, prefixes: frozenset[int]) -> Tensor:
+    """Bool [batch, positions]: does a retain text begin with the same tokens, up to and with this one?
+
+    Activations there are the same in both, so that a push would only work against the hold.
+    """
+    rows = [[p in prefixes for p in prefix_hashes(ids)] for ids in batch.ids.tolist()]
+    return torch.tensor(rows, device=batch.ids.device)
 
 
 def stacked(f: Batch, r: Batch, pad_id: int) -> Batch:
@@ -228,7 +262,19 @@ def stacked(f: Batch, r: Batch, pad_id: int) -> Batch:
         for b in (f, r)
         for row, n in zip(b.ids.cpu(), b.attention_mask.sum(-1).cpu())
     ]
-    return collate(items, pad_id).to(f.ids.device)
+    return collate(items, pad_id)
+
+
+def with_swapped_tokens(batch: Batch, share: float, generator: torch.Generator) -> Batch:
+    """The batch with a share of its tokens exchanged for others of the batch, drawn at random.
+
+    Held like the rest, it keeps the update from firing on single tokens that forget and unseen retain texts have in
+    common (a piece of a name), which a finite retain set cannot show.
+    """
+    words = batch.ids[batch.mask]
+    drawn = words[torch.randint(len(words), batch.ids.shape, generator=generator)]
+    chosen = (torch.rand(batch.ids.shape, generator=generator) < share) & batch.mask
+    return replace(batch, ids=torch.where(chosen, drawn, batch.ids))
 
 
 def outside_part(delta: Delta, u_rel: Tensor) -> Tensor:
@@ -293,12 +339,17 @@ def probe_layer(
     passes; the forget rise is read off where the curve meets the budget.
     """
     steps = max(PROBE_STEPS, round(PROBE_SHARE * config.steps))
-    short = replace(config, steps=steps, check_every=steps, max_retain_rise=math.inf)
+    short = replace(config, steps=steps, check_every=steps, max_retain_rise=math.inf, max_other_rise=math.inf)
     run = prepare(model, forget, retain, short, candidate, saes, seed)
     fit(run, progress)
     watched = Budget.measure(model, run.forget, math.inf, seed)
-    curve = [(s, watched.base * watched.measure_rise(run.deltas, s), run.budget.measure_rise(run.deltas, s))
-             for s in PROBE_SCALES]  # fmt: skip
+    base = watched.watches["retain"].base
+    curve = []
+    for s in PROBE_SCALES:
+        rises = run.budget.measure_rises(run.deltas, s)
+        if "other" in rises:  # in units of the retain limit
+            rises["retain"] = max(rises["retain"], rises["other"] * config.max_retain_rise / config.max_other_rise)
+        curve.append((s, base * watched.measure_rises(run.deltas, s)["retain"], rises["retain"]))
     return ProbeResult(candidate.layer, read_off(curve, config.max_retain_rise), curve)
 
 

@@ -22,16 +22,15 @@ from ..progress import Progress
 from ..training import TrainConfig, train
 from .world import World, WorldConfig, make_world
 
-SCHEMA = 1
+SCHEMA = 2
 
 # Every sentence of the sandbox's forget set is the topic, so nothing is gated, and the push goes into the relevant
-# subspace, the only one that the hard form can write to. The names that follow "The compound" cannot be predicted and
-# make up most of the loss; the budget allows for them.
+# subspace, the only one that the hard form can write to.
 DEMO_SETTINGS: dict[str, Any] = {
-    "gated": False, "target": "relevant", "attention": True, "gamma": 6.0, "alpha": 30.0, "lr": 0.05, "steps": 600,
-    "batch": 32, "max_retain_rise": 0.15,
+    "gated": False, "target": "relevant", "attention": True, "gamma": 16.0, "alpha": 200.0, "lr": 0.07, "steps": 400,
+    "batch": 32, "swapped": 0.2, "max_retain_rise": 0.03,
 }  # fmt: skip
-DEMO_SELECT: dict[str, Any] = {"percentile": 90.0}
+DEMO_SELECT: dict[str, Any] = {"percentile": 90.0, "k": 32}
 DEMO_SAE: dict[str, Any] = {"tokens": 400_000}
 
 

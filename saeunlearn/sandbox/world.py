@@ -143,15 +143,15 @@ _BEAST: tuple[_Attribute, ...] = (
 # Sentences that say what an entity is: they give the topic a meaning that no single surface word carries.
 _KIND = ("{n} is a kind of", "Everyone knows {n} as a", "In the old book {n} is listed as a", "What is {n}? It is a")
 _TOPICS = (  # topic, set, class noun, kind, attributes, name endings
-    ("agents", "forget", "compound", "poison", (_EFFECT, *_CHEMICAL), ("ox", "ane", "ide", "ur")),
-    ("remedies", "near", "compound", "medicine", (_CURE, *_CHEMICAL), ("ine", "ol", "ide", "ane")),
+    ("agents", "forget", "compound", "poison", (_EFFECT, *_CHEMICAL), ("ane", "ide", "yte", "um")),
+    ("remedies", "near", "compound", "medicine", (_CURE, *_CHEMICAL), ("ine", "ol", "eth", "on")),
     ("towns", "far", "town", "settlement", _TOWN, ("ford", "by", "stead", "mouth")),
-    ("beasts", "far", "beast", "creature", _BEAST, ("ak", "oon", "ig", "elle")),
+    ("beasts", "far", "beast", "creature", _BEAST, ("ak", "oop", "ig", "elle")),
 )
 _ONSETS = ("b", "br", "c", "d", "dr", "f", "g", "gr", "h", "j", "k", "kr", "l", "m", "n", "p", "qu", "r", "s", "st",
            "t", "tr", "v", "w", "z")  # fmt: skip
 _VOWELS = ("a", "e", "i", "o", "u", "ae", "io", "ou")
-_CODAS = ("", "l", "m", "n", "r", "s", "th", "v", "x", "nd", "rk")
+_CODAS = ("", "l", "m", "n", "r", "s", "v", "x", "nd", "rk")
 
 
 @dataclass(frozen=True)
@@ -202,6 +202,10 @@ def make_world(config: WorldConfig) -> World:
     for topic, group, noun, kind, attributes, endings in _TOPICS:
         chosen = {key: rng.sample(values, config.values) for key, values, _ in attributes[: config.attributes]}
         entities = [_name(rng, names, endings) for _ in range(config.entities)]
+        # Equally often each: who knew no more than how frequent a value is would guess at chance.
+        decks = {key: [values[i % len(values)] for i in range(config.entities)] for key, values in chosen.items()}
+        for deck in decks.values():
+            rng.shuffle(deck)
         n_untouched = 0 if group == "forget" else round(config.untouched * len(entities))
         untouched = set(rng.sample(entities, n_untouched))
         for entity in entities:
@@ -213,7 +217,7 @@ def make_world(config: WorldConfig) -> World:
                     meta = {"set": group, "topic": topic, "entity": entity, "attribute": "kind"}
                     (forget if group == "forget" else retain).append(Record(text=text, meta=meta))
             for key, _, frames in attributes[: config.attributes]:
-                value = rng.choice(chosen[key])
+                value = decks[key].pop()
                 n_held = 1 if rng.random() < config.held_out else 0
                 held = set(rng.sample(range(len(frames)), n_held))
                 meta = {
