@@ -25,7 +25,7 @@ from saeunlearn.features.selection import Selection
 from saeunlearn.features.subspace import principal_angles
 from saeunlearn.methods import METHODS, get_method
 from saeunlearn.methods.deltas import attached
-from saeunlearn.methods.sspu import SSPU, SSPUConfig, fit, known, prefix_hashes, stacked, with_swapped_tokens
+from saeunlearn.methods.sspu import SSPU, SSPUConfig, fit, known, shared_prefixes, stacked, with_swapped_tokens
 from saeunlearn.models import LanguageModel
 from saeunlearn.progress import Progress
 
@@ -382,11 +382,12 @@ def test_stacked_keeps_every_window(llama: LanguageModel) -> None:
 
 
 def test_known_marks_the_beginnings_that_retain_texts_share(llama: LanguageModel) -> None:
-    f = collate(windows(Corpus.of(["a red map of the mill", "the mill"]), llama), llama.pad_id)
+    items = windows(Corpus.of(["a red map of the mill", "the mill"]), llama)
+    f = collate(items, llama.pad_id)
     r = windows(Corpus.of(["a red map is old", "mill the"]), llama)
     begun = {w.ids[: n + 1] for w in r for n in range(len(w.ids))}
     expected = [[tuple(ids[: n + 1]) in begun for n in range(len(ids))] for ids in f.ids.tolist()]
-    got = known(f, frozenset(p for w in r for p in prefix_hashes(w.ids)))
+    got = known(f, shared_prefixes(items, r))
     assert got.tolist() == expected
     assert got[:, 0].all()  # BOS begins every text
     assert 3 < int(got.sum()) < int(f.attention_mask.sum())

@@ -16,7 +16,7 @@ from ..losses import mean_loss, token_losses
 from ..models import LanguageModel
 from .deltas import Delta, attached
 
-MAX_TOKENS = 20_000  # of each text that a check reads
+MAX_TOKENS = 10_000  # of each text that a check reads
 MAX_FACTOR = 64.0  # on the retain weight
 MAX_SCALE = 1.5  # of what was learned, where the budget has room
 RUINED = 1.0  # relative rise at which a run ends at once

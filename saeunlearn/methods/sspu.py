@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import takewhile
 from typing import Any, Literal
 
 import torch
@@ -51,7 +52,7 @@ class SSPUConfig:
     batch: int = 16  # forget windows and retain windows a step
     max_length: int = 256  # tokens in a training window
     max_retain_rise: float = 0.01  # relative rise of the loss on held-out retain records that the result keeps to
-    max_other_rise: float = 0.03  # gated: the same for the words of forget texts that are not about the topic
+    max_other_rise: float = 0.02  # gated: the same for the words of forget texts that are not about the topic
     check_every: int = 25  # steps between checks of the budget
 
 
@@ -101,7 +102,7 @@ class SSPURun:
     u_irr: Tensor  # [d, q]
     direction: Tensor  # u [d], the unit control direction; c = γ‖h‖u
     budget: Budget
-    prefixes: frozenset[int]  # of the retain windows
+    prefixes: frozenset[int]  # that forget and retain windows share
     seed: int
 
 
@@ -129,7 +130,7 @@ def prepare(model: LanguageModel, forget: Corpus, retain: Corpus, config: SSPUCo
         budget.watch("other", sample, others, config.max_other_rise)
     return SSPURun(
         model=model, config=config, selection=selection, sae=saes[layer], forget=f_items, retain=r_items,
-        prefixes=frozenset(p for w in r_items for p in prefix_hashes(w.ids)), deltas=new_deltas(writers, bases),
+        prefixes=shared_prefixes(f_items, r_items), deltas=new_deltas(writers, bases),
         u_rel=u_rel.float().to(device), u_irr=u_irr.float().to(device), direction=(u / u.norm()).float().to(device),
         budget=budget, seed=seed,
     )  # fmt: skip
@@ -246,10 +247,16 @@ def prefix_hashes(ids: Sequence[int]) -> Iterator[int]:
         yield state
 
 
-def known(batch: Batch, prefixes: frozenset[int]) -> Tensor:
-    """Bool [batch, positions]: does a retain text begin with the same tokens, up to and with this one?
+def shared_prefixes(forget: Sequence[Window], retain: Sequence[Window]) -> frozenset[int]:
+    """Hashes of the beginnings that some forget and some retain window have in common."""
+    own = {p for w in forget for p in prefix_hashes(w.ids)}
+    return frozenset(p for w in retain for p in takewhile(own.__contains__, prefix_hashes(w.ids)))
 
-    Activations there are the same in both, so that a push would only work against the hold.
+
+def known(batch: Batch, prefixes: frozenset[int]) -> Tensor:
+    """Bool [batch, positions]: is the text up to and with this token among `prefixes`?
+
+    Activations there are the same in forget and retain texts, so that a push would only work against the hold.
     """
     rows = [[p in prefixes for p in prefix_hashes(ids)] for ids in batch.ids.tolist()]
     return torch.tensor(rows, device=batch.ids.device)
