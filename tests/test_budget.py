@@ -165,8 +165,7 @@ def test_a_gated_run_watches_the_other_words_of_forget_texts(llama: LanguageMode
     gate, sae = run.selection.gate, run.sae
     for w, counted in zip(watch.items, watch.counted or []):
         h = llama.capture(torch.tensor([w.ids]), [LAYER])[LAYER][0]
-        is_open = [False, *gate.open(sae, h)[1:].tolist()]
-        assert counted.tolist() == [not (is_open[t] or is_open[t + 1]) for t in range(len(w.ids) - 1)]
+        assert counted.tolist() == [not is_open for is_open in gate.open(sae, h)[1:].tolist()]
     assert set(prepared(llama, replace(CONFIG, gated=False)).budget.watches) == {"retain"}
 
 

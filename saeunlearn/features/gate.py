@@ -60,13 +60,12 @@ class FittedGate:
 def other_words(model: LanguageModel, sae: Any, gate: Gate, layer: int, items: Sequence[Window]) -> list[Tensor]:
     """Which tokens of forget texts are not about the topic: Bool aligned to each `window.ids[1:]`.
 
-    Those where the gate is closed both at the token and at the position before, from which it is predicted.
+    Those at which the gate is closed.
     """
     out = []
     for w in items:
         closed = ~gate.open(sae, model.capture(torch.tensor([w.ids], device=model.device), [layer])[layer])[0].cpu()
-        closed[0] = True  # BOS: a huge norm, and no word
-        out.append(closed[1:] & closed[:-1])
+        out.append(closed[1:])
     return out
 
 
