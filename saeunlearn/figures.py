@@ -110,10 +110,10 @@ def feature_scores(
 
 
 def training_curves(losses: Sequence[Mapping[str, float]]) -> Figure:
-    """Losses by step, and where recorded the shares of the change in the stream and the retain loss.
+    """Losses by step, and where recorded the change of the stream and what the watched texts cost.
 
-    Item: {"step", "loss", "forget", "retain"} and optionally "p_rel_dh", "p_irr_dh" (shares of ‖Δh‖) and
-    "retain_rise" (fraction by which the loss on retain text rose). Keys may be missing at some steps.
+    Item: {"step", "loss", "forget", "retain"} and optionally "p_rel_dh", "p_irr_dh" (parts of ‖Δh‖/‖h‖) and
+    "retain_rise", "other_rise" (relative rise of the loss on that text). Keys may be missing at some steps.
     """
     panels: dict[tuple[str, str], list[tuple[str, str, str, str]]] = {
         ("Losses", "loss"): [
@@ -121,11 +121,14 @@ def training_curves(losses: Sequence[Mapping[str, float]]) -> Figure:
             ("forget", "forget", FORGET, "--"),
             ("retain", "retain", RETAIN, "-."),
         ],
-        ("Change of the stream Δh", "share of ‖Δh‖"): [
+        ("Change of the stream where it was pushed", "‖PΔh‖ / ‖h‖"): [
             ("p_rel_dh", "in relevant subspace", FORGET, "-"),
             ("p_irr_dh", "in irrelevant subspace", BLUE, "--"),
         ],
-        ("Cost on retain text", "rise of the loss (%)"): [("retain_rise", "retain", RETAIN, "-")],
+        ("Cost", "rise of the loss (%)"): [
+            ("retain_rise", "retain text", RETAIN, "-"),
+            ("other_rise", "other words of forget text", BLUE, "--"),
+        ],
     }
     shown = {
         k: lines for k, lines in panels.items() if any(_is_number(s.get(key)) for s in losses for key, *_ in lines)
@@ -135,7 +138,7 @@ def training_curves(losses: Sequence[Mapping[str, float]]) -> Figure:
         ax = fig.add_subplot(1, len(shown), at + 1)
         everything: list[float] = []
         for key, label, colour, style in lines:
-            scale = 100 if key == "retain_rise" else 1
+            scale = 100 if key.endswith("_rise") else 1
             points = [(s["step"], s[key] * scale) for s in losses if _is_number(s.get(key))]
             if points:
                 steps, values = zip(*points)
@@ -148,7 +151,7 @@ def training_curves(losses: Sequence[Mapping[str, float]]) -> Figure:
         elif min(everything) >= 0:
             ax.set_ylim(bottom=0)
         ax.set(title=title, xlabel="step", ylabel=unit)
-        if len(lines) > 1:
+        if len(ax.lines) > 1:
             ax.legend()
     if not shown:
         _say(fig, "no losses were recorded")

@@ -70,8 +70,10 @@ def test_training_curves_show_what_was_recorded() -> None:
     assert len(fig.axes) == 1
     np.testing.assert_allclose(fig.axes[0].lines[0].get_ydata(), [3.0, 2.9, 2.8, 2.7, 2.6])
     full = figures.training_curves([{**s, "p_rel_dh": 0.6, "p_irr_dh": 0.1, "retain_rise": 0.02} for s in losses])
-    assert [ax.get_ylabel() for ax in full.axes] == ["loss", "share of ‖Δh‖", "rise of the loss (%)"]
+    assert [ax.get_ylabel() for ax in full.axes] == ["loss", "‖PΔh‖ / ‖h‖", "rise of the loss (%)"]
     np.testing.assert_allclose(full.axes[2].lines[0].get_ydata(), 2.0)
+    gated = figures.training_curves([{**s, "retain_rise": 0.02, "other_rise": 0.03} for s in losses])
+    np.testing.assert_allclose([line.get_ydata()[0] for line in gated.axes[1].lines], [2.0, 3.0])
     wide = figures.training_curves([{"step": i, "loss": 10.0**-i} for i in range(4)])
     assert wide.axes[0].get_yscale() == "log"
 
