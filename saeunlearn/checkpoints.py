@@ -17,13 +17,7 @@ import torch
 from torch import Tensor
 
 from .errors import ErasureError, ModelError
-from .models import (
-    checkpoint_files,
-    fingerprint_tensors,
-    lineage_fingerprint,
-    parameter_key,
-    stored_tensors,
-)
+from .stored import checkpoint_files, fingerprint_tensors, lineage_fingerprint, parameter_key, stored_tensors
 
 if TYPE_CHECKING:
     from .erasure import Erasure

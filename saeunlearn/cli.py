@@ -11,7 +11,15 @@ from typing import Any
 
 from . import __version__
 from .errors import ConfigError, RunError, SaeunlearnError
-from .terminal import json_or_empty, layer_lines, show_result, show_samples, without_values
+from .terminal import (
+    json_or_empty,
+    layer_lines,
+    show_erasure,
+    show_ledger,
+    show_result,
+    show_samples,
+    without_values,
+)
 
 DEMO_DIR = Path("runs/demo")
 
@@ -156,7 +164,7 @@ def add_selection(p: argparse.ArgumentParser) -> None:
 def add_method(p: argparse.ArgumentParser) -> None:
     p.add_argument("--method", default="sspu")
     p.add_argument("--form", choices=["hard", "soft"], help="SSPU: exact projection (default) or penalty")
-    p.add_argument("--max-retain-rise", type=float, help="relative rise of the retain loss that ends the run")
+    p.add_argument("--max-retain-rise", type=float, help="rise of the loss on held-out retain text that is allowed")
     p.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any other setting of the method")
 
 
@@ -243,14 +251,12 @@ def train_saes(args: argparse.Namespace) -> None:
 
 
 def select(args: argparse.Namespace) -> None:
-    from sae_training import load_saes, parse_layers
-
     from . import figures
     from .corpus import Corpus, refuse_overlap
     from .features.selection import SelectConfig
     from .methods import get_method
     from .models import LanguageModel
-    from .pipeline import choose, settings_of
+    from .pipeline import choose, ready_saes, settings_of
     from .progress import ConsoleProgress
 
     settings = settings_of(get_method(args.method).Config, method_settings(args), args.method)
@@ -258,8 +264,7 @@ def select(args: argparse.Namespace) -> None:
     forget, retain = Corpus.load(args.forget), Corpus.load(args.retain)
     refuse_overlap(forget, retain)
     model = LanguageModel.open(args.model, device=args.device, dtype=args.dtype)
-    layers = parse_layers(model, args.layers)
-    saes = {i: s for i, s in load_saes(args.saes, model).items() if i in layers}
+    saes = ready_saes(model, args.saes, args.layers)
     chosen = choose(model, saes, forget, retain, config, settings, args.seed, ConsoleProgress())
     args.out.mkdir(parents=True, exist_ok=True)
     chosen.save(args.out / "selection.json")
@@ -357,40 +362,13 @@ def export(args: argparse.Namespace) -> None:
 def inspect(args: argparse.Namespace) -> None:
     from .erasure import Erasure
 
-    erasure = Erasure.load(args.erasure)
-    m = erasure.manifest
-    print(f"Erasure {erasure.id[:16]}  method {m['method']}, seed {m['seed']}, made {m['created']}")
-    print(f"  on {m['model']} ({m['parent_fingerprint'][:16]})")
-    print(f"  forget {m['forget_fingerprint'][:16]}  retain {m['retain_fingerprint'][:16]}")
-    if m.get("selection"):
-        s = m["selection"]
-        k, d = s["k"], s["d_model"]
-        print(f"  layer {s['layer']}, K = {k} relevant features of d = {d} (K/d = {k / d:.3f})")
-    changed = m["changed"]
-    print(f"  changes {changed['count']} numbers, {changed['share']:.2%} of the model:")
-    for c in changed["parameters"]:
-        print(f"    {c['name']}  {'dense' if c['rank'] is None else 'rank ' + str(c['rank'])}")
-    print("  settings " + ", ".join(f"{k}={v}" for k, v in m["config"].items()))
-    for part, values in m["extra"].items():
-        print(
-            f"  {part} " + ", ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items())
-        )
-    print(f"  {m['note']}")
+    show_erasure(Erasure.load(args.erasure))
 
 
 def ledger(args: argparse.Namespace) -> None:
     from .erasure import read_ledger
 
-    entries = read_ledger(args.checkpoint)
-    if not entries:
-        print(f"{args.checkpoint}: no request was carried out on this checkpoint")
-    for e in entries:
-        way_back = "originals kept" if e.get("originals") else "no way back"
-        print(f"{e['order']}. {e['time']}  {e['method']} seed {e['seed']}  Erasure {e['erasure_id'][:12]}  {way_back}")
-        print(f"   {e['parent_fingerprint'][:12]} → {e['resulting_fingerprint'][:12]}"
-              f"  forget {e['forget_fingerprint'][:12]}")  # fmt: skip
-        for what, values in (e.get("cost") or {}).items():
-            print(f"   {what}: {values['before']:.3f} → {values['after']:.3f}")
+    show_ledger(args.checkpoint, read_ledger(args.checkpoint))
 
 
 def report(args: argparse.Namespace) -> None:

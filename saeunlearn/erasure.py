@@ -29,8 +29,9 @@ from .checkpoints import (
     write_json,
 )
 from .errors import ErasureError, NonFiniteError
-from .models import LanguageModel, fingerprint_tensors, parameter_key
+from .models import LanguageModel
 from .parts import PART_KINDS, Part, WeightDelta, base_parameters
+from .stored import fingerprint_tensors, parameter_key
 
 __all__ = ["Erasure", "Handle", "Part", "WeightDelta", "fingerprint_folder", "read_ledger", "unmerge"]
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import ErasureError, ModelError, TokenizerMismatchError
+from .errors import ModelError, TokenizerMismatchError
+from .stored import BLOCK_PATHS, check_folder, fingerprint_tensors, lineage_fingerprint, stored_tensors
 
-# Where each supported layout keeps its blocks, and which matrices of a block WRITE to the residual stream.
-_BLOCK_PATHS = ("model.layers", "transformer.h", "gpt_neox.layers")
+# Which matrices of a block WRITE to the residual stream.
 _WRITERS = {
     "mlp": ("mlp.down_proj", "mlp.c_proj", "mlp.dense_4h_to_h"),
     "attn": ("self_attn.o_proj", "attn.c_proj", "attention.dense"),
@@ -123,7 +122,7 @@ class LanguageModel:
         path = Path(source).expanduser()
         local = path.is_dir()
         if local:
-            _check_folder(path)
+            check_folder(path)
         elif path.exists() or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
             raise ModelError(f"{source} is not a model folder (config.json and *.safetensors)")
         if local and (path / "adapter_config.json").exists():
@@ -335,80 +334,13 @@ class LanguageModel:
         return out
 
 
-def parameter_key(name: str) -> str:
-    """A parameter's name without the base-model prefix (old GPT-2 files lack it) and PEFT's `.base_layer`.
-
-    GPT-NeoX writes its `lm_head` to disk as `embed_out`; the key is that of the model in memory.
-    """
-    root, _, rest = name.partition(".")
-    if root == "embed_out":
-        return f"lm_head.{rest}"
-    known = any(path.split(".")[0] == root for path in _BLOCK_PATHS)
-    return (rest if known else name).replace(".base_layer", "")
-
-
-def fingerprint_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """sha256 over (`parameter_key`, dtype, shape, bytes) of each tensor; one in memory at a time."""
-    lines = []
-    for name, t in tensors:
-        flat = t.detach().cpu().contiguous().reshape(-1)
-        raw = flat.view(torch.uint8).numpy().data if t.numel() else b""
-        digest = hashlib.sha256(raw).hexdigest()
-        lines.append(f"{parameter_key(name)} {str(t.dtype).removeprefix('torch.')} {list(t.shape)} {digest}")
-    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
-
-
-def lineage_fingerprint(base: str, erasure_ids: Sequence[str]) -> str:
-    """The fingerprint of a model with fingerprint `base` after these Erasures were applied in order."""
-    return hashlib.sha256("\n".join([base, *erasure_ids]).encode()).hexdigest() if erasure_ids else base
-
-
-def stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a checkpoint folder as stored, one at a time over all shards."""
-    from safetensors import safe_open
-
-    for file in checkpoint_files(folder):
-        with safe_open(file, framework="pt") as f:
-            for name in f.keys():  # noqa: SIM118 - not a dict
-                yield name, f.get_tensor(name)
-
-
-def checkpoint_files(folder: Path) -> list[Path]:
-    """The safetensors shards of a checkpoint folder, sorted. Raises ModelError if one is missing."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError) as e:
-            raise ModelError(f"{index} is damaged: {e!r}") from e
-        missing = [n for n in names if not (folder / n).exists()]
-        if missing:
-            raise ModelError(f"{folder} lacks the shards {missing}")
-        return [folder / n for n in names]
-    if (folder / "model.safetensors").exists():
-        return [folder / "model.safetensors"]
-    raise ModelError(f"{folder} has no model.safetensors (pickled .bin files are refused: convert them)")
-
-
-def _check_folder(path: Path) -> None:
-    if (path / "erasure.json").exists():
-        raise ErasureError(f"{path} is an Erasure, not a model: `saeunlearn apply` it to its base checkpoint")
-    if (path / "adapter_config.json").exists():
-        if not (path / "adapter_model.safetensors").exists():
-            raise ModelError(f"{path} has no adapter_model.safetensors (pickled .bin adapters are refused)")
-        return
-    if not (path / "config.json").exists():
-        raise ModelError(f"{path} has no config.json: not a Hugging Face model folder")
-    checkpoint_files(path)
-
-
 def _find_blocks(base: nn.Module) -> nn.ModuleList:
-    for path in _BLOCK_PATHS:
+    for path in BLOCK_PATHS:
         found = _submodule(base, path)
         if isinstance(found, nn.ModuleList):
             return found
     raise ModelError(
-        f"{type(base).__name__} has no known list of blocks (looked for {', '.join(_BLOCK_PATHS)}); "
+        f"{type(base).__name__} has no known list of blocks (looked for {', '.join(BLOCK_PATHS)}); "
         "Llama-, GPT-2-, GPT-NeoX- and Gemma-2-like layouts are supported"
     )
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .errors import ErasureError, NonFiniteError
-from .models import LanguageModel, parameter_key
+from .models import LanguageModel
+from .stored import parameter_key
 
 
 class Part(Protocol):

@@ -132,7 +132,7 @@ def unlearn(config: RunConfig, root: str | Path, progress: Progress, command: li
     earlier = claim(root, config)
     run = open_run(config, root, progress)
     check(run, earlier, settings, select_config)
-    ready = ready_saes(run) if config.saes else None
+    ready = ready_saes(run.model, config.saes, config.layers) if config.saes else None
     with recorded(run, earlier, command):
         saes = ready or trained_saes(run)
         selection = get_selection(run, saes, select_config, settings) if "selection" in method.needs else None
@@ -249,15 +249,15 @@ def recorded(run: Run, earlier: Mapping[str, Any], command: list[str] | None = N
 # --- steps -------------------------------------------------------------------------------------------------
 
 
-def ready_saes(run: Run) -> dict[int, Any]:
-    """The user's SAEs. Raises SAEMismatchError where none is for the run's layers."""
+def ready_saes(model: LanguageModel, source: str, layers: str) -> dict[int, Any]:
+    """The user's SAEs for these layers (`all`, or 1,3,5-8). Raises SAEMismatchError where there are none."""
     from sae_training import load_saes, parse_layers
 
-    layers = parse_layers(run.model, run.config.layers)
-    saes = load_saes(run.config.saes or "", run.model)
-    if not saes.keys() & set(layers):
-        raise SAEMismatchError(f"{run.config.saes} holds SAEs for layers {sorted(saes)}, not {run.config.layers}")
-    return {i: s for i, s in saes.items() if i in layers}
+    wanted = parse_layers(model, layers)
+    saes = load_saes(source, model)
+    if not saes.keys() & set(wanted):
+        raise SAEMismatchError(f"{source} holds SAEs for layers {sorted(saes)}, not {layers}")
+    return {i: s for i, s in saes.items() if i in wanted}
 
 
 def trained_saes(run: Run) -> dict[int, Any]:

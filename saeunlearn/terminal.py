@@ -45,6 +45,39 @@ def show_samples(samples: Sequence[dict[str, Any]]) -> None:
         print(f"\n  {s['prompt']} …\n    before: {before}\n    after:  {after}")
 
 
+def show_erasure(erasure: Any) -> None:
+    m = erasure.manifest
+    print(f"Erasure {erasure.id[:16]}  method {m['method']}, seed {m['seed']}, made {m['created']}")
+    print(f"  on {m['model']} ({m['parent_fingerprint'][:16]})")
+    print(f"  forget {m['forget_fingerprint'][:16]}  retain {m['retain_fingerprint'][:16]}")
+    if m.get("selection"):
+        s = m["selection"]
+        k, d = s["k"], s["d_model"]
+        print(f"  layer {s['layer']}, K = {k} relevant features of d = {d} (K/d = {k / d:.3f})")
+    changed = m["changed"]
+    print(f"  changes {changed['count']} numbers, {changed['share']:.2%} of the model:")
+    for c in changed["parameters"]:
+        print(f"    {c['name']}  {'dense' if c['rank'] is None else 'rank ' + str(c['rank'])}")
+    print("  settings " + ", ".join(f"{k}={v}" for k, v in m["config"].items()))
+    for part, values in m["extra"].items():
+        print(
+            f"  {part} " + ", ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items())
+        )
+    print(f"  {m['note']}")
+
+
+def show_ledger(checkpoint: Path, entries: Sequence[dict[str, Any]]) -> None:
+    if not entries:
+        print(f"{checkpoint}: no request was carried out on this checkpoint")
+    for e in entries:
+        way_back = "originals kept" if e.get("originals") else "no way back"
+        print(f"{e['order']}. {e['time']}  {e['method']} seed {e['seed']}  Erasure {e['erasure_id'][:12]}  {way_back}")
+        print(f"   {e['parent_fingerprint'][:12]} → {e['resulting_fingerprint'][:12]}"
+              f"  forget {e['forget_fingerprint'][:12]}")  # fmt: skip
+        for what, values in (e.get("cost") or {}).items():
+            print(f"   {what}: {values['before']:.3f} → {values['after']:.3f}")
+
+
 def without_values(result: Any) -> Any:
     """The result without its per-example lists, for a terminal."""
     if isinstance(result, dict):

@@ -14,6 +14,7 @@ from torch import Tensor
 from toys import FORGET, RETAIN
 
 from saeunlearn.corpus import endless, windows
+from saeunlearn.errors import ConfigError
 from saeunlearn.losses import mean_loss, token_losses
 from saeunlearn.methods import sspu
 from saeunlearn.methods.budget import Budget
@@ -78,7 +79,8 @@ def test_the_budget_is_kept_on_records_that_were_not_trained_on(trained: Languag
 @pytest.fixture
 def watched(trained: LanguageModel) -> tuple[Budget, list[Any], Tensor]:
     """(a budget of 1 %, one dense delta, a direction in which the loss rises steadily)."""
-    budget = Budget.measure(trained, windows(RETAIN, trained), LIMIT, 0)
+    budget = Budget(trained)
+    budget.watch("retain", windows(RETAIN, trained), LIMIT)
     deltas = new_deltas(trained.writers([1]), [None])
     direction = torch.randn(deltas[0].free.shape, generator=torch.Generator().manual_seed(1))
     return budget, deltas, direction
@@ -130,13 +132,28 @@ def test_check_steers_the_retain_weight(watched: tuple[Budget, list[Any], Tensor
     assert budget.spent
 
 
+def test_strengths_without_a_finite_loss_are_beyond_every_limit(watched: tuple[Budget, list[Any], Tensor]) -> None:
+    # What a half-precision model does when its activations overflow: the run is scaled back, not lost.
+    budget, deltas, direction = watched
+    deltas[0].free.data = 1e-4 * direction
+    deltas[0].free.data[0, 0] = 3e38  # finite, and infinite when scaled by 1.5
+    assert budget.measure_rises(deltas, 1.5) == {"retain": math.inf}
+    deltas[0].free.data[0, 0] = torch.inf
+    assert budget.check(deltas) == {"retain": math.inf}
+    assert budget.spent
+    deltas[0].free.data = direction.clone()
+    deltas[0].free.data[0, 0] = 3e38
+    with pytest.raises(ConfigError, match="retain"):  # not even a hundredth of it keeps the limit
+        budget.settle(deltas)
+
+
 def test_every_watched_text_keeps_its_own_limit(watched: tuple[Budget, list[Any], Tensor]) -> None:
     budget, deltas, direction = watched
     items = windows(FORGET, budget.model)
     odd = [torch.arange(len(w.ids) - 1) % 2 == 1 for w in items]
-    budget.watch("nothing", items, [torch.zeros_like(o) for o in odd], 0.1)
+    budget.watch("nothing", items, 0.1, [torch.zeros_like(o) for o in odd])
     assert set(budget.watches) == {"retain"}
-    budget.watch("other", items, odd, 0.02)
+    budget.watch("other", items, 0.02, odd)
     deltas[0].free.data = direction.clone()
     rises = budget.measure_rises(deltas)
     with attached(deltas):
@@ -144,7 +161,7 @@ def test_every_watched_text_keeps_its_own_limit(watched: tuple[Budget, list[Any]
     base = torch.cat([x[o] for x, o in zip(token_losses(budget.model, items), odd)]).mean()
     assert math.isclose(rises["other"], float(by_hand / base) - 1, abs_tol=1e-5)
     assert budget.used(rises) == max(rises["retain"] / LIMIT, rises["other"] / 0.02)
-    assert budget.used({"retain": 0.0, "other": math.nan}) == math.inf
+    assert budget.used({"retain": 0.0, "other": math.inf}) == math.inf
     said = budget.settle(deltas)
     assert said["retain_rise"] <= LIMIT
     assert said["other_rise"] <= 0.02

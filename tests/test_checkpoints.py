@@ -16,7 +16,8 @@ from safetensors import torch as safetensors_torch
 from saeunlearn.checkpoints import sha256_file
 from saeunlearn.erasure import WeightDelta, fingerprint_folder, read_ledger, unmerge
 from saeunlearn.errors import ErasureError, ModelError
-from saeunlearn.models import LanguageModel, lineage_fingerprint, parameter_key, stored_tensors
+from saeunlearn.models import LanguageModel
+from saeunlearn.stored import lineage_fingerprint, parameter_key, stored_tensors
 
 
 def test_merged_folder_is_the_applied_model_and_unmerges_exactly(arch_path: Path, tmp_path: Path) -> None:

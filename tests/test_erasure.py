@@ -18,7 +18,8 @@ from safetensors import torch as safetensors_torch
 from saeunlearn import checkpoints as ck
 from saeunlearn.erasure import Erasure, WeightDelta, fingerprint_folder
 from saeunlearn.errors import ErasureError, NonFiniteError
-from saeunlearn.models import LanguageModel, lineage_fingerprint
+from saeunlearn.models import LanguageModel
+from saeunlearn.stored import lineage_fingerprint
 
 # --- in memory -----------------------------------------------------------------------------------------
 

@@ -14,14 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saeunlearn.errors import ErasureError, ModelError, TokenizerMismatchError
-from saeunlearn.models import (
-    LanguageModel,
-    Writer,
-    parameter_key,
-    resolve_device,
-    resolve_dtype,
-    stored_tensors,
-)
+from saeunlearn.models import LanguageModel, Writer, resolve_device, resolve_dtype
+from saeunlearn.stored import parameter_key, stored_tensors
 
 LAYERS = list(range(N_LAYERS))
 # The writers of each layout by name, so that a wrong matrix of the right shape would be seen.

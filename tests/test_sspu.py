@@ -18,14 +18,14 @@ from erasures import IDS, applied_logits, plain_logits, same, same_logits, weigh
 from sspu_runs import CONFIG, LAYER, K, chosen, erase, prepared, sae_for
 from toys import FORGET, RETAIN
 
-from saeunlearn.corpus import Corpus, collate, endless, windows
+from saeunlearn.corpus import Corpus, endless
 from saeunlearn.erasure import Erasure, WeightDelta
 from saeunlearn.errors import Cancelled, ConfigError, NonFiniteError, OverlapError, SAEMismatchError, SelectionError
 from saeunlearn.features.selection import Selection
 from saeunlearn.features.subspace import principal_angles
 from saeunlearn.methods import METHODS, get_method
 from saeunlearn.methods.deltas import attached
-from saeunlearn.methods.sspu import SSPU, SSPUConfig, fit, known, shared_prefixes, stacked, with_swapped_tokens
+from saeunlearn.methods.sspu import SSPU, SSPUConfig, fit
 from saeunlearn.models import LanguageModel
 from saeunlearn.progress import Progress
 
@@ -366,40 +366,3 @@ def test_registry() -> None:
     assert (method.name, method.Config, method.needs) == ("sspu", SSPUConfig, {"saes", "selection"})
     with pytest.raises(ConfigError, match=r"unknown method 'rmu2'; known: .*sspu"):
         get_method("rmu2")
-
-
-# --- helpers ------------------------------------------------------------------------------------
-
-
-def test_stacked_keeps_every_window(llama: LanguageModel) -> None:
-    long, short = windows(FORGET, llama)[:3], windows(Corpus.of(["a map", "the old mill"]), llama)
-    f, r = collate(short, llama.pad_id), collate(long, llama.pad_id)
-    both = stacked(f, r, llama.pad_id)
-    expected = collate([*short, *long], llama.pad_id)
-    assert torch.equal(both.ids, expected.ids)
-    assert torch.equal(both.attention_mask, expected.attention_mask)
-    assert torch.equal(both.mask, expected.mask)
-
-
-def test_known_marks_the_beginnings_that_retain_texts_share(llama: LanguageModel) -> None:
-    items = windows(Corpus.of(["a red map of the mill", "the mill"]), llama)
-    f = collate(items, llama.pad_id)
-    r = windows(Corpus.of(["a red map is old", "mill the"]), llama)
-    begun = {w.ids[: n + 1] for w in r for n in range(len(w.ids))}
-    expected = [[tuple(ids[: n + 1]) in begun for n in range(len(ids))] for ids in f.ids.tolist()]
-    got = known(f, shared_prefixes(items, r))
-    assert got.tolist() == expected
-    assert got[:, 0].all()  # BOS begins every text
-    assert 3 < int(got.sum()) < int(f.attention_mask.sum())
-
-
-def test_swapped_tokens_come_from_the_batch_and_leave_bos_and_padding(llama: LanguageModel) -> None:
-    batch = collate(windows(RETAIN, llama)[:6] + windows(Corpus.of(["old mill"]), llama), llama.pad_id)
-    swap = with_swapped_tokens(batch, 0.5, torch.Generator().manual_seed(0))
-    changed = swap.ids != batch.ids
-    assert not changed[~batch.mask].any()
-    assert 0.2 < float(changed[batch.mask].double().mean()) < 0.6
-    assert set(swap.ids[batch.mask].tolist()) <= set(batch.ids[batch.mask].tolist())
-    again = with_swapped_tokens(batch, 0.5, torch.Generator().manual_seed(0))
-    assert torch.equal(again.ids, swap.ids)
-    assert torch.equal(with_swapped_tokens(batch, 0.0, torch.Generator()).ids, batch.ids)

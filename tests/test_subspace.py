@@ -113,7 +113,7 @@ def test_rank_cut_is_relative(share: float, rank: int) -> None:
 
 
 def test_float32_rows_nearly_inside_the_relevant_span() -> None:
-    # What METHODS warns of: one float32 pass leaves U_relᵀU_irr at 1e-3.
+    # One float32 pass leaves U_relᵀU_irr at 1e-3.
     g = torch.Generator().manual_seed(0)
     w_dec = torch.randn(6, 64, generator=g)
     inside = torch.randn(3, 6, generator=g) @ w_dec

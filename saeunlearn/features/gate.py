@@ -1,4 +1,4 @@
-"""The gate: which positions of a forget text are about the topic at all? (METHODS §1h, ours)
+"""The gate: which positions of a forget text are about the topic at all? (ours)
 
 Texts share most of their words with everything else; pushing on those positions wrecks ordinary language. The gate
 is a logistic regression on SAE features that tells forget from retain positions, closed on all but a few retain ones.

@@ -1,4 +1,4 @@
-"""Streaming statistics of SAE features over forget and retain text: one pass, all layers (METHODS §1a)."""
+"""Streaming statistics of SAE features over forget and retain text: one pass, all layers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class FeatureStats:
 
     @property
     def mean_square(self) -> Tensor:
-        """E[z_j²/‖h‖²] over positions, [m]: s_f or s_r of METHODS §1a."""
+        """E[z_j²/‖h‖²] over positions, [m]: the score s_f or s_r of a set."""
         return self.sum_sq / self.positions
 
     @property
@@ -117,7 +117,7 @@ class FeatureChoice:
 
 
 def choose_features(forget: FeatureStats, retain: FeatureStats, k: int, percentile: float) -> FeatureChoice:
-    """METHODS §1b: relevant = the K largest s_f among live features whose ρ = s_f/(s_r + ε) is above the
+    """Relevant = the K largest s_f among live features whose ρ = s_f/(s_r + ε) is above the
     `percentile` of live features; irrelevant = the K smallest s_f among live features.
 
     Live: active somewhere in forget or retain text. ε is 1e-6 of the mean retain score, so ρ has no units.

@@ -1,4 +1,4 @@
-"""Automatic choice of layer and features: scores shortlist the layers, short probe runs decide (METHODS §1b, c)."""
+"""Automatic choice of layer and features: scores shortlist the layers, short probe runs decide."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ class ProbeResult:
     """What a short run at one layer achieved.
 
     `forget_rise`: rise of the loss on forget text (nats a token) at the retention budget, interpolated along
-    `curve`: (share of the edit, forget rise, retain rise) points.
+    `curve`: (share of the edit, forget rise, cost) points; the cost is the relative rise of the retain loss or,
+    where that uses up more of its limit, of another watched loss, in units of the retain limit.
     """
 
     layer: int
@@ -163,7 +164,7 @@ def select(model: LanguageModel, saes: Mapping[int, Any], forget: Corpus, retain
 
 
 def _layer_scores(f: FeatureStats, r: FeatureStats, choice: FeatureChoice, gate: FittedGate) -> dict[str, float]:
-    """Scores of one layer: see METHODS §1c for which of them pick wrong layers."""
+    """Scores of one layer; `benchmarks/layers.py` says how well each of them ranks layers."""
     s_f, s_r = f.mean_square[choice.relevant], r.mean_square[choice.relevant]
     return {
         "auc": gate.relevant_auc,

@@ -1,4 +1,6 @@
-"""Orthonormal bases of decoder directions, and projectors onto them (SSPU, arXiv 2505.24428; METHODS §1d)."""
+"""Orthonormal bases of decoder directions, and projectors onto them (SSPU, arXiv 2505.24428):
+U_rel spans the relevant rows, U_irr what the irrelevant ones add to it, P = U Uᵀ.
+"""
 
 from __future__ import annotations
 

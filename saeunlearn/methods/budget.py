@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ..corpus import Window
-from ..errors import ConfigError
+from ..errors import ConfigError, NonFiniteError
 from ..losses import mean_loss, token_losses
 from ..models import LanguageModel
 from .deltas import Delta, attached
@@ -44,32 +44,31 @@ class Budget:
     """
 
     model: LanguageModel
-    watches: dict[str, Watch]
+    watches: dict[str, Watch] = field(default_factory=dict)
     factor: float = 1.0
     spent: bool = False  # far beyond a limit: going on is pointless
 
-    @classmethod
-    def measure(cls, model: LanguageModel, items: Sequence[Window], limit: float, seed: int) -> Budget:
-        """A budget on held-out retain text. Raises ConfigError for a limit that no run could keep."""
-        if limit <= 0:
-            raise ConfigError(f"the retention budget is {limit}; it must be positive (0.02 allows a rise of 2 %)")
-        chosen = some(items, seed)
-        return cls(model, {"retain": Watch(chosen, None, limit, _loss(model, chosen, None))})
-
-    def watch(self, name: str, items: list[Window], counted: list[Tensor], limit: float) -> None:
-        """Watch more text, unless there is nothing in it to count."""
-        if any(bool(c.any()) for c in counted):
+    def watch(self, name: str, items: list[Window], limit: float, counted: list[Tensor] | None = None) -> None:
+        """Watch a text, unless there is nothing in it to count. Raises ConfigError for a limit that none can keep."""
+        if not limit > 0:
+            raise ConfigError(f"the limit on the rise of the {name} loss is {limit}; use a positive one (0.02: 2 %)")
+        if counted is None or any(bool(c.any()) for c in counted):
             self.watches[name] = Watch(items, counted, limit, _loss(self.model, items, counted))
 
     def measure_rises(self, deltas: Sequence[Delta], scale: float = 1.0) -> dict[str, float]:
-        """Relative rise of each watched loss with the deltas attached."""
+        """Relative rise of each watched loss with the deltas attached; infinite where a loss is not finite."""
+        rises = {}
         with attached(deltas, scale):
-            return {n: _loss(self.model, w.items, w.counted) / w.base - 1 for n, w in self.watches.items()}
+            for name, w in self.watches.items():
+                try:
+                    rises[name] = _loss(self.model, w.items, w.counted) / w.base - 1
+                except NonFiniteError:
+                    rises[name] = math.inf
+        return rises
 
     def used(self, rises: dict[str, float]) -> float:
-        """The largest rise as a share of its limit; NaN counts as more than everything."""
-        shares = [rises[n] / w.limit for n, w in self.watches.items()]
-        return math.inf if any(math.isnan(s) for s in shares) else max(shares)
+        """The largest rise as a share of its limit."""
+        return max(rises[n] / w.limit for n, w in self.watches.items())
 
     def check(self, deltas: Sequence[Delta]) -> dict[str, float]:
         """The present rises. Raises `factor` when one is beyond its limit, and lets it sink when there is room."""
@@ -83,8 +82,10 @@ class Budget:
 
     @torch.no_grad()
     def settle(self, deltas: Sequence[Delta]) -> dict[str, float]:
-        """Scale the deltas in place to the strongest share (at most MAX_SCALE) within all limits; says what that
-        costs."""
+        """Scale the deltas in place to the strongest share (at most MAX_SCALE) within all limits; says what it costs.
+
+        Raises ConfigError where not even a hundredth of them keeps the limits.
+        """
         scale, rises = MAX_SCALE, self.measure_rises(deltas, MAX_SCALE)
         if not self.used(rises) <= 1:
             scale, high, rises = 0.0, MAX_SCALE, dict.fromkeys(self.watches, 0.0)
@@ -95,6 +96,9 @@ class Budget:
                     scale, rises = middle, there
                 else:
                     high = middle
+            if scale == 0:
+                limits = ", ".join(f"{n} {w.limit:.2%}" for n, w in self.watches.items())
+                raise ConfigError(f"no strength of this edit keeps the limits ({limits}): lower lr, or raise them")
         for d in deltas:
             d.free.mul_(scale)
         said = {"scale": scale}

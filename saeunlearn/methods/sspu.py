@@ -1,6 +1,6 @@
 """SSPU: SAE-guided subspace projection unlearning (Wang et al., EMNLP 2025, arXiv 2505.24428).
 
-The paper's three stages are known, its formulas are reconstructed (METHODS §1): forget activations at layer l are
+The paper's three stages are known, its formulas are reconstructed: forget activations at layer l are
 driven towards a control vector in the irrelevant subspace, retain activations are kept, and the weight update is
 confined to the relevant subspace: softly by a penalty (`form="soft"`), or exactly, W = W₀ + U_rel B (`form="hard"`,
 ours). With `gated` (ours) the forget loss acts only where the relevant features fire, and the other positions of
@@ -11,15 +11,14 @@ text as well is never pushed; and a copy of the retain batch with some tokens ex
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import takewhile
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 from torch import Tensor
 
-from ..corpus import Batch, Corpus, Window, collate, endless, refuse_overlap, windows
+from ..corpus import Corpus, Window, endless, refuse_overlap, windows
 from ..erasure import Erasure
 from ..errors import ConfigError, ModelError, NonFiniteError
 from ..features.gate import other_words
@@ -28,6 +27,7 @@ from ..features.subspace import orthonormal_basis, subspaces
 from ..models import LanguageModel, Writer
 from ..progress import Progress
 from ..training import one_cycle
+from .batches import known, shared_prefixes, stacked, with_swapped_tokens
 from .budget import Budget, some
 from .deltas import Delta, attached, frozen, new_deltas
 
@@ -67,7 +67,10 @@ class SSPU:
         self, model: LanguageModel, forget: Corpus, retain: Corpus, *, config: SSPUConfig,
         selection: Selection | None, saes: Mapping[int, Any], seed: int, progress: Progress,
     ) -> Erasure:  # fmt: skip
-        """Train the update and return it; the model is unchanged. Loss positions: every non-BOS token.
+        """Train the update and return it; the model is unchanged.
+
+        Forget loss: the forget texts' non-BOS positions (gated: those with an open gate), but none whose whole
+        prefix begins a retain text. Retain loss: all other positions, BOS included.
 
         Raises ConfigError for bad settings, OverlapError, SelectionError for a foreign selection,
         NonFiniteError when a loss is not finite, Cancelled.
@@ -123,11 +126,12 @@ def prepare(model: LanguageModel, forget: Corpus, retain: Corpus, config: SSPUCo
     bases = [writer_basis(w, u_rel) if config.form == "hard" else None for w in writers]
     train_part, held = retain.split(0.2, seed)
     f_items, r_items = (windows(c, model, config.max_length) for c in (forget, train_part))
-    budget = Budget.measure(model, windows(held, model, config.max_length), config.max_retain_rise, seed)
+    budget = Budget(model)
+    budget.watch("retain", some(windows(held, model, config.max_length), seed), config.max_retain_rise)
     if config.gated:
         sample = some(f_items, seed)
         others = other_words(model, saes[layer], selection.gate, layer, sample)
-        budget.watch("other", sample, others, config.max_other_rise)
+        budget.watch("other", sample, config.max_other_rise, others)
     return SSPURun(
         model=model, config=config, selection=selection, sae=saes[layer], forget=f_items, retain=r_items,
         prefixes=shared_prefixes(f_items, r_items), deltas=new_deltas(writers, bases),
@@ -138,9 +142,10 @@ def prepare(model: LanguageModel, forget: Corpus, retain: Corpus, config: SSPUCo
 
 def check_config(config: SSPUConfig) -> None:
     """Raises ConfigError naming the setting that is out of range."""
-    for name, known in (("form", ("hard", "soft")), ("target", ("relevant", "irrelevant"))):
-        if getattr(config, name) not in known:
-            raise ConfigError(f"unknown {name} {getattr(config, name)!r}; use {' or '.join(known)}")
+    kinds = get_type_hints(SSPUConfig)
+    for name in ("form", "basis", "target"):
+        if getattr(config, name) not in (options := get_args(kinds[name])):
+            raise ConfigError(f"unknown {name} {getattr(config, name)!r}; use {' or '.join(options)}")
     for name in ("steps", "batch", "blocks", "check_every", "gamma", "lr", "max_retain_rise",
                  "max_other_rise"):  # fmt: skip
         if not getattr(config, name) > 0:
@@ -160,9 +165,7 @@ def control_rows(w_dec: Tensor, selection: Selection, basis: str, seed: int) -> 
         return w_dec[selection.relevant + selection.irrelevant]
     if basis == "random_rows":
         return w_dec[torch.randperm(w_dec.shape[0], generator=generator)[:n].to(w_dec.device)]
-    if basis == "random_basis":
-        return torch.randn(n, w_dec.shape[1], generator=generator)
-    raise ConfigError(f"unknown basis {basis!r}; use relevant, random_rows or random_basis")
+    return torch.randn(n, w_dec.shape[1], generator=generator)
 
 
 def writer_basis(writer: Writer, u_rel: Tensor) -> Tensor:
@@ -180,7 +183,10 @@ def writer_basis(writer: Writer, u_rel: Tensor) -> Tensor:
 
 
 def fit(run: SSPURun, progress: Progress) -> list[dict[str, float]]:
-    """The optimisation (METHODS §1f–h); the budget steers the retain weight and stops a run that ruins the model."""
+    """Minimise E ‖h − γ‖h⁰‖u‖²/‖h⁰‖² + αE ‖h − h⁰‖²/‖h⁰‖² (soft: + λ‖(I − P_rel)ΔW‖²/‖W₀‖²).
+
+    The budget steers α and stops a run that ruins the model.
+    """
     cfg, model, layer = run.config, run.model, run.selection.layer
     rms = [float(d.writer.weight.detach().float().pow(2).mean().sqrt()) for d in run.deltas]
     groups = [{"params": [d.free], "lr": cfg.lr * s, "peak": cfg.lr * s} for d, s in zip(run.deltas, rms)]
@@ -229,59 +235,15 @@ def fit(run: SSPURun, progress: Progress) -> list[dict[str, float]]:
         row = {"step": step, "loss": loss.item(), "forget": forget_loss.item(), "retain": retain_loss.item()}
         row |= stream_report(run, moved.detach()[push])
         if (step + 1) % cfg.check_every == 0 or step + 1 == cfg.steps:
-            row |= {f"{name}_rise": rise for name, rise in run.budget.check(run.deltas).items()}
+            rises = run.budget.check(run.deltas)
+            row |= {f"{name}_rise": rise for name, rise in rises.items() if math.isfinite(rise)}
         history.append(row)
         figures = {k: v for k, v in row.items() if k == "loss" or k.endswith("_rise")}
         progress.step(1, **figures)
         if run.budget.spent:
             break
-    progress.finish(forget=history[-1]["forget"], retain_rise=history[-1]["retain_rise"])
+    progress.finish(**{k: v for k, v in history[-1].items() if k == "forget" or k.endswith("_rise")})
     return history
-
-
-def prefix_hashes(ids: Sequence[int]) -> Iterator[int]:
-    """For every position, a hash of all tokens up to and with it."""
-    state = 0
-    for token in ids:
-        state = hash((state, token))
-        yield state
-
-
-def shared_prefixes(forget: Sequence[Window], retain: Sequence[Window]) -> frozenset[int]:
-    """Hashes of the beginnings that some forget and some retain window have in common."""
-    own = {p for w in forget for p in prefix_hashes(w.ids)}
-    return frozenset(p for w in retain for p in takewhile(own.__contains__, prefix_hashes(w.ids)))
-
-
-def known(batch: Batch, prefixes: frozenset[int]) -> Tensor:
-    """Bool [batch, positions]: is the text up to and with this token among `prefixes`?
-
-    Activations there are the same in forget and retain texts, so that a push would only work against the hold.
-    """
-    rows = [[p in prefixes for p in prefix_hashes(ids)] for ids in batch.ids.tolist()]
-    return torch.tensor(rows, device=batch.ids.device)
-
-
-def stacked(f: Batch, r: Batch, pad_id: int) -> Batch:
-    """Two batches as one, padded to a common width."""
-    items = [
-        Window(tuple(row[: int(n)].tolist()), 1, 0)
-        for b in (f, r)
-        for row, n in zip(b.ids.cpu(), b.attention_mask.sum(-1).cpu())
-    ]
-    return collate(items, pad_id)
-
-
-def with_swapped_tokens(batch: Batch, share: float, generator: torch.Generator) -> Batch:
-    """The batch with a share of its tokens exchanged for others of the batch, drawn at random.
-
-    Held like the rest, it keeps the update from firing on single tokens that forget and unseen retain texts have in
-    common (a piece of a name), which a finite retain set cannot show.
-    """
-    words = batch.ids[batch.mask]
-    drawn = words[torch.randint(len(words), batch.ids.shape, generator=generator)]
-    chosen = (torch.rand(batch.ids.shape, generator=generator) < share) & batch.mask
-    return replace(batch, ids=torch.where(chosen, drawn, batch.ids))
 
 
 def outside_part(delta: Delta, u_rel: Tensor) -> Tensor:
@@ -349,14 +311,17 @@ def probe_layer(
     short = replace(config, steps=steps, check_every=steps, max_retain_rise=math.inf, max_other_rise=math.inf)
     run = prepare(model, forget, retain, short, candidate, saes, seed)
     fit(run, progress)
-    watched = Budget.measure(model, run.forget, math.inf, seed)
-    base = watched.watches["retain"].base
-    curve = []
+    run.budget.watch("forget", some(run.forget, seed), math.inf)
+    base = run.budget.watches["forget"].base
+    curve: list[tuple[float, float, float]] = []
     for s in PROBE_SCALES:
         rises = run.budget.measure_rises(run.deltas, s)
+        if not all(map(math.isfinite, rises.values())):
+            break
+        cost = rises["retain"]
         if "other" in rises:  # in units of the retain limit
-            rises["retain"] = max(rises["retain"], rises["other"] * config.max_retain_rise / config.max_other_rise)
-        curve.append((s, base * watched.measure_rises(run.deltas, s)["retain"], rises["retain"]))
+            cost = max(cost, rises["other"] * config.max_retain_rise / config.max_other_rise)
+        curve.append((s, base * rises["forget"], cost))
     return ProbeResult(candidate.layer, read_off(curve, config.max_retain_rise), curve)
 
 
