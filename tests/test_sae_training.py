@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import shutil
-from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +12,11 @@ import pytest
 import torch
 from conftest import D_MODEL, N_LAYERS, SENTENCES
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from streams import TEXTS, slow_positions
 from toys import topk_sae
 
-from sae_training import SAEConfig, activations, load_saes, parse_layers, save_saes, train_saes
-from sae_training.activations import activation_stream, shuffled
-from sae_training.train import _finished, _new_sae
-from saeunlearn import corpus
-from saeunlearn.corpus import Corpus, Window, windows
+from sae_training import SAEConfig, load_saes, parse_layers, save_saes, train_saes
+from saeunlearn.corpus import windows
 from saeunlearn.errors import (
     Cancelled,
     ConfigError,
@@ -35,115 +29,12 @@ from saeunlearn.features.scores import feature_stats
 from saeunlearn.models import LanguageModel
 from saeunlearn.progress import Progress
 
-TEXTS = Corpus.of(SENTENCES, "texts")
-# Texts that differ from the first letter on: no two positions have the same stream.
-DISTINCT = Corpus.of([c + s[2 : 12 + 2 * i] for i, (c, s) in enumerate(zip("abcdefghijkl", SENTENCES))], "distinct")
 CONFIG = SAEConfig(expansion=4, k=8, tokens=8_000, batch=128, lr=5e-3)
 LAYERS = [1, 3]
 
 
 def train(lm: LanguageModel, config: SAEConfig = CONFIG, seed: int = 0, progress: Progress | None = None) -> Any:
     return train_saes(lm, TEXTS, LAYERS, config, seed=seed, progress=progress or Progress())
-
-
-# --- the activations ---------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def slow_positions(lm: LanguageModel, items: list[Window], layers: list[int]) -> Tensor:
-    """[n, layers, d]: one window at a time, so without padding, and without the first position."""
-    rows = []
-    for w in items:
-        streams = lm.capture(torch.tensor([list(w.ids)]), layers)
-        rows.append(torch.stack([streams[i][0, 1:] for i in layers], dim=1))
-    return torch.cat(rows)
-
-
-def which(got: Tensor, reference: Tensor) -> list[int]:
-    """Index into `reference` of every row of `got`; each must be there to 1e-4."""
-    exact = "donot_use_mm_for_euclid_dist"
-    distance, index = torch.cdist(got.flatten(1), reference.flatten(1), compute_mode=exact).min(1)
-    assert float(distance.max()) < 1e-3
-    return index.tolist()
-
-
-def test_stream_is_every_position_but_the_first(lm: LanguageModel) -> None:
-    items = windows(DISTINCT, lm)
-    assert len({len(w.ids) for w in items}) > 4
-    reference = slow_positions(lm, items, [0, 2])
-    got = torch.cat(list(activation_stream(lm, items, [0, 2], None)))
-    assert got.shape == (sum(len(w.ids) - 1 for w in items), 2, D_MODEL)
-    assert got.dtype == torch.float32
-    assert sorted(which(got, reference)) == list(range(len(reference)))
-    mixed = torch.cat(list(activation_stream(lm, items, [0, 2], 3)))
-    assert sorted(which(mixed, reference)) == list(range(len(reference)))
-
-
-def test_order_of_the_layers_is_the_callers(llama: LanguageModel) -> None:
-    items = windows(DISTINCT, llama)
-    (up,), (down,) = (list(activation_stream(llama, items, order, None)) for order in ([1, 3], [3, 1]))
-    assert torch.equal(up, down.flip(1))
-
-
-def test_non_finite_activations_name_the_layers(llama: LanguageModel) -> None:
-    with torch.no_grad():
-        llama.writers([2])[0].weight[0, 0] = float("nan")
-    with pytest.raises(NonFiniteError, match=r"blocks \[2, 3\]"):
-        next(activation_stream(llama, windows(DISTINCT, llama), [1, 2, 3], None))
-
-
-def take(stream: Iterator[Tensor], n: int) -> list[Tensor]:
-    return [next(stream) for _ in range(n)]
-
-
-def test_an_epoch_in_memory_holds_each_position_once(llama: LanguageModel) -> None:
-    items = windows(DISTINCT, llama)
-    reference = slow_positions(llama, items, [1])
-    n = len(reference)
-    assert n % 2 == 0
-    go = partial(shuffled, llama, items, [1], batch=n // 2, buffer=n, seed=5)
-    epochs = [which(torch.cat(pair), reference) for pair in zip(*[iter(take(go(), 6))] * 2)]
-    assert all(sorted(e) == list(range(n)) for e in epochs)
-    assert epochs[0] != epochs[1] != epochs[2]
-    assert all(torch.equal(a, b) for a, b in zip(take(go(), 6), take(go(), 6)))
-    other = next(shuffled(llama, items, [1], batch=n // 2, buffer=n, seed=6))
-    assert not torch.equal(other, next(go()))
-    # A batch that does not divide an epoch leaves the rest out of it: still no position twice.
-    uneven = which(torch.cat(take(shuffled(llama, items, [1], batch=n // 2 - 1, buffer=n, seed=5), 2)), reference)
-    assert len(set(uneven)) == len(uneven) == n - 2
-    # More than there is: everything.
-    assert len(next(shuffled(llama, items, [1], batch=10 * n, buffer=n, seed=5))) == n
-
-
-def test_a_corpus_larger_than_the_buffer_streams_through(llama: LanguageModel, monkeypatch: Any) -> None:
-    monkeypatch.setattr(activations, "batches", partial(corpus.batches, max_tokens=30))
-    items = windows(DISTINCT, llama)
-    reference = slow_positions(llama, items, [1])
-    n, buffer, batch = len(reference), len(reference) // 3, 4
-    read = 0
-    plain = llama.capture
-
-    def counting(ids: Tensor, layers: list[int], attention_mask: Tensor) -> dict[int, Tensor]:
-        nonlocal read
-        read += int(attention_mask.sum()) - len(ids)
-        return plain(ids, layers, attention_mask)
-
-    monkeypatch.setattr(llama, "capture", counting)
-    stream = shuffled(llama, items, [1], batch=batch, buffer=buffer, seed=0)
-    counts = [0] * n
-    for step in range(1, 8 * n // batch + 1):
-        h = next(stream)
-        assert h.shape == (batch, 1, D_MODEL)
-        for i in which(h, reference):
-            counts[i] += 1
-        assert 0 <= read - step * batch <= buffer + 30 + batch  # what is held
-    entered = math.ceil(read / n)
-    assert max(counts) <= entered <= 9  # at most once in each epoch that was begun
-    assert min(counts) >= 5  # and none is left behind
-    again = shuffled(llama, items, [1], batch=batch, buffer=buffer, seed=0)
-    first = next(again)
-    assert torch.equal(first, next(shuffled(llama, items, [1], batch=batch, buffer=buffer, seed=0)))
-    assert not torch.equal(first, next(shuffled(llama, items, [1], batch=batch, buffer=buffer, seed=1)))
 
 
 # --- training ----------------------------------------------------------------------------------------------
@@ -173,7 +64,7 @@ def test_training_explains_the_stream(llama: LanguageModel) -> None:
     steps = [e for e in events if e["event"] == "step"]
     assert len(steps) == math.ceil(CONFIG.tokens / CONFIG.batch)
     for layer in LAYERS:  # what was reported is what was reached, up to the smoothing
-        assert steps[0][f"fvu{layer}"] > 0.9 > 0.4 > steps[-1][f"fvu{layer}"]
+        assert steps[0][f"fvu{layer}"] > 0.8 > 0.4 > steps[-1][f"fvu{layer}"]
         assert abs(steps[-1][f"fvu{layer}"] - trained[layer].fvu) < 0.1
     assert all(torch.equal(p, before[n]) and p.grad is None for n, p in llama.model.named_parameters())
 
@@ -185,24 +76,6 @@ def test_training_is_deterministic(llama: LanguageModel) -> None:
         for name, p in first[layer].state_dict().items():
             assert torch.equal(p, again[layer].state_dict()[name])
         assert not torch.equal(first[layer].W_dec, other[layer].W_dec)
-
-
-@pytest.mark.parametrize("scale", [0.02, 1.0, 40.0])
-def test_folding_the_scale_changes_nothing(llama: LanguageModel, scale: float) -> None:
-    g = torch.Generator().manual_seed(0)
-    h = torch.randn(50, D_MODEL, generator=g) / scale + 0.3 / scale
-    training = _new_sae(llama, 1, 64, SAEConfig(k=5), h * scale)
-    for p in training.parameters():  # as training leaves it: decoder norms of any size, biases anywhere
-        p.data += 0.2 * torch.randn(p.shape, generator=g)
-    twin = copy.deepcopy(training)
-    done = _finished(training, scale, {"seed": 0})
-    with torch.no_grad():
-        z, expected = twin.encode(h * scale), twin(h * scale) / scale
-        assert int((z > 0).sum(-1).max()) <= 5
-        unit = torch.tensor(1 / scale)
-        torch.testing.assert_close(done(h) / unit, expected / unit, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(done.encode(h) / unit, z, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(done.W_dec.norm(dim=-1), torch.ones(64))
 
 
 def test_settings_out_of_range_are_refused(llama: LanguageModel) -> None:
@@ -217,7 +90,7 @@ def test_settings_out_of_range_are_refused(llama: LanguageModel) -> None:
 
 
 def test_a_diverging_run_and_a_cancelled_one_stop(llama: LanguageModel) -> None:
-    with pytest.raises(NonFiniteError, match=r"loss of layer 1 .* step"):
+    with pytest.raises(NonFiniteError, match=r"layer 1 is .* at step"):
         train(llama, SAEConfig(expansion=2, k=4, tokens=2_000, batch=64, lr=1e30))
     progress = Progress()
     progress.on_event = lambda e: setattr(progress, "cancelled", e.get("done", 0) >= 128)

@@ -28,7 +28,7 @@ SCHEMA = 2
 # subspace, the only one that the hard form can write to.
 DEMO_SETTINGS: dict[str, Any] = {
     "gated": False, "target": "relevant", "attention": True, "gamma": 16.0, "alpha": 200.0, "lr": 0.07, "steps": 400,
-    "batch": 32, "swapped": 0.2, "max_retain_rise": 0.03,
+    "batch": 32, "swapped": 0.2, "max_retain_rise": 0.02,
 }  # fmt: skip
 DEMO_SELECT: dict[str, Any] = {"percentile": 90.0, "k": 32}
 DEMO_SAE: dict[str, Any] = {"tokens": 400_000}
