@@ -10,11 +10,12 @@ from torch import Tensor
 
 from .config import SAEConfig
 from .processes import Processes
-from .sparse import BETAS, EPS
+from .sparse import adam, clipping
 
-RATE = 0.02  # of the logarithm of the sparsity weight, for each factor e that the active features are off
-MEMORY = 0.95  # of the running mean of the number of active features
-START = {"relu": 1.0, "gated": 1.0, "jumprelu": 1.0}
+RATE = 0.05  # of the logarithm of the sparsity weight, for each factor e that the active features are off
+MEMORY = 0.9  # of the running mean of the number of active features
+DESCENT = 0.5  # of the steps until the aim is k
+START = 0.1  # sparsity weight
 LIMITS = (1e-3, 1e3)
 
 
@@ -22,20 +23,19 @@ class DenseSAE:
     """One SAE while it is trained on inputs scaled to norm √d.
 
     A sparsity weight that fits one model, width and layer collapses or saturates the next. Here the weight follows
-    the number of active features: it grows while there are more than k, and sinks while there are fewer.
+    the number of active features: it grows while there are more than the aim, and sinks while there are fewer. The
+    aim falls from the number at the start to k, geometrically, so that features are not killed by an overshoot.
     """
 
-    def __init__(self, config: SAEConfig, start: Tensor, processes: Processes, seed: int) -> None:
+    def __init__(self, config: SAEConfig, d: int, device: torch.device, processes: Processes, seed: int) -> None:
         self.config, self.processes = config, processes
-        with torch.random.fork_rng(devices=[] if start.device.type == "cpu" else [start.device]):
+        with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
             torch.manual_seed(seed)
-            self.sae = _training_sae(config, start)
-        self.sae.b_dec.data = start.clone()
+            self.sae = _training_sae(config, d, device)
         self.parameters = dict(self.sae.named_parameters())
-        m = config.expansion * len(start)
         self.state: dict[str, Tensor] = {n: p.data for n, p in self.parameters.items()} | {
-            "silent": torch.zeros(m, device=start.device), "steps": torch.zeros(()),
-            "weight": torch.tensor(START[config.architecture]), "active": torch.tensor(float(config.k)),
+            "silent": torch.zeros(config.expansion * d, device=device), "steps": torch.zeros(()),
+            "weight": torch.tensor(START), "active": torch.zeros(()), "first": torch.zeros(()),
         }  # fmt: skip
         for name, p in self.parameters.items():
             self.state |= {f"{name}.{moment}": torch.zeros_like(p) for moment in ("m", "v")}
@@ -64,23 +64,19 @@ class DenseSAE:
         grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters.values()]
         self.processes.sum([*grads, seen, totals])
         s["steps"] += 1
-        self._adam(grads, lr)
+        limit = clipping(float(sum(g.pow(2).sum() for g in grads)))
+        for name, g in zip(self.parameters, grads):
+            adam(s[name], g, s[f"{name}.m"], s[f"{name}.v"], lr, int(s["steps"]), limit)
         s["silent"] = torch.where(seen > 0, 0, s["silent"] + count)
         mse, l0 = totals.tolist()
+        if s["steps"] == 1:
+            s["first"], s["active"] = torch.tensor(max(l0, 1.0)), torch.tensor(l0)
         s["active"] = MEMORY * s["active"] + (1 - MEMORY) * l0
-        off = math.log(max(float(s["active"]), 0.1) / self.config.k)
+        way = min(1.0, float(s["steps"]) * self.config.batch / (DESCENT * self.config.tokens))
+        aim = (1 - way) * math.log(float(s["first"])) + way * math.log(self.config.k)
+        off = math.log(max(float(s["active"]), 0.1)) - aim
         s["weight"] = (s["weight"] * math.exp(RATE * off)).clamp(*LIMITS)
         return mse, l0
-
-    @torch.no_grad()
-    def _adam(self, grads: list[Tensor], lr: float) -> None:
-        s, steps = self.state, int(self.state["steps"])
-        b1, b2 = BETAS
-        for name, g in zip(self.parameters, grads):
-            m, v = s[f"{name}.m"], s[f"{name}.v"]
-            m.lerp_(g, 1 - b1)
-            v.mul_(b2).addcmul_(g, g, value=1 - b2)
-            s[name].addcdiv_(m, v.sqrt().mul_((1 - b2**steps) ** -0.5).add_(EPS), value=-lr / (1 - b1**steps))
 
     def finished(self, scale: float, metadata: Any) -> Any:
         """The sae_lens inference SAE for inputs that are not scaled, its decoder rows of norm 1."""
@@ -99,16 +95,16 @@ class DenseSAE:
         done.load_state_dict(self.sae.state_dict())
         with torch.no_grad():
             for name in ("b_enc", "b_dec", "threshold", "b_gate", "b_mag"):
-                if hasattr(done, name):
-                    getattr(done, name).div_(scale)
+                if isinstance(bias := getattr(done, name, None), Tensor):
+                    bias.div_(scale)
         return done
 
 
-def _training_sae(config: SAEConfig, start: Tensor) -> Any:
+def _training_sae(config: SAEConfig, d: int, device: torch.device) -> Any:
     import sae_lens
 
     common: dict[str, Any] = {
-        "d_in": len(start), "d_sae": config.expansion * len(start), "device": str(start.device),
+        "d_in": d, "d_sae": config.expansion * d, "device": str(device),
         "apply_b_dec_to_input": True,
     }  # fmt: skip
     if config.architecture == "relu":

@@ -249,21 +249,48 @@ def gradients(x, r, ptr, idx, z, dz, bounds, first, last, g_enc, g_dec, g_b, sta
 
 
 @summing
-def adam(p, g, m, v, lr, b1, b2, root, eps, first, last, unit):
-    """Adam (arXiv 1412.6980) on rows first … last; lr, root: with bias correction. `unit`: keep rows at norm 1."""
+def unit_form(w_enc, b_enc, w_dec, first, last, e, b, u):
+    """Rows of the same SAE with unit decoder rows: u = w_dec/n, e = n w_enc, b = n b_enc with n = ‖w_dec‖."""
+    for j in range(first, last):
+        square = np.float32(0)
+        for c in range(w_dec.shape[1]):
+            square += w_dec[j, c] * w_dec[j, c]
+        n = np.sqrt(square)
+        b[j] = n * b_enc[j]
+        for c in range(w_dec.shape[1]):
+            e[j, c] = n * w_enc[j, c]
+            u[j, c] = w_dec[j, c] / n
+
+
+@summing
+def chain(w_enc, b_enc, w_dec, first, last, g_enc, g_dec, g_b):
+    """Gradients with respect to (e, u, b) of `unit_form` become those with respect to w_enc, w_dec and b_enc; the sum
+    of their squares."""
+    total = 0.0
+    for j in range(first, last):
+        square, along, radial = np.float32(0), np.float32(0), g_b[j] * b_enc[j]
+        for c in range(w_dec.shape[1]):
+            square += w_dec[j, c] * w_dec[j, c]
+            along += g_dec[j, c] * w_dec[j, c]
+            radial += g_enc[j, c] * w_enc[j, c]
+        n = np.sqrt(square)
+        g_b[j] *= n
+        norm = g_b[j] * g_b[j]
+        for c in range(w_dec.shape[1]):
+            g_enc[j, c] *= n
+            g_dec[j, c] = (g_dec[j, c] + (radial - along / square) * w_dec[j, c]) / n
+            norm += g_enc[j, c] * g_enc[j, c] + g_dec[j, c] * g_dec[j, c]
+        total += norm
+    return total
+
+
+@summing
+def adam(p, g, m, v, scale, lr, b1, b2, root, eps, first, last):
+    """Adam (arXiv 1412.6980) with gradients scale · g on rows first … last; lr and root hold the bias corrections."""
     one = np.float32(1)
     for j in range(first, last):
-        along, square = np.float32(0), np.float32(0)
-        if unit:
-            for c in range(p.shape[1]):
-                along += g[j, c] * p[j, c]
         for c in range(p.shape[1]):
-            slope = g[j, c] - along * p[j, c]
+            slope = scale * g[j, c]
             m[j, c] = b1 * m[j, c] + (one - b1) * slope
             v[j, c] = b2 * v[j, c] + (one - b2) * slope * slope
             p[j, c] -= lr * m[j, c] / (np.sqrt(v[j, c]) * root + eps)
-            square += p[j, c] * p[j, c]
-        if unit:
-            scale = one / np.sqrt(max(square, np.float32(1e-12)))
-            for c in range(p.shape[1]):
-                p[j, c] *= scale

@@ -6,6 +6,7 @@ w_enc, w_dec [m, d] (one feature a row); b_enc [m]; b_dec [d]; all float32.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ from .workers import Workers
 CHUNK_NUMBERS = 2**22  # pre-activations that one thread holds at a time
 GATHERED = 2**26  # numbers of decoder rows that the PyTorch form holds at a time
 BETAS, EPS = (0.9, 0.999), 1e-8
+CLIP = 1.0  # norm of the whole gradient: Adam's slow second moment would else remember the first steps for long
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,14 @@ class Ops(Protocol):
     def gradients(self, x: Tensor, r: Tensor, a: Active, dz: Tensor, bounds: list[int]) -> tuple[Tensor, ...]:
         """Gradients (W_enc [m, d], W_dec [m, d], b_enc [m]); m is bounds[-1]."""
 
-    def adam(self, p: Tensor, g: Tensor, m: Tensor, v: Tensor, lr: float, step: int, unit: bool) -> None:
-        """One Adam step (from 1) in place; `unit` brings the rows of p back to norm 1."""
+    def unit_form(self, w_enc: Tensor, b_enc: Tensor, w_dec: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(n w_enc, n b_enc, w_dec/n) with n = ‖w_dec‖ of each row: the same reconstruction from unit decoder rows."""
+
+    def chain(self, w_enc: Tensor, b_enc: Tensor, w_dec: Tensor, g_enc: Tensor, g_b: Tensor, g_dec: Tensor) -> float:
+        """Gradients for the unit form become those of the parameters, in place; returns the sum of their squares."""
+
+    def adam(self, p: Tensor, g: Tensor, m: Tensor, v: Tensor, lr: float, step: int, scale: float) -> None:
+        """One Adam step (from 1) with the gradient scale · g, in place."""
 
 
 class CPUOps:
@@ -168,11 +176,21 @@ class CPUOps:
         self.workers.share(m, part)
         return g_enc, g_dec, g_b
 
-    def adam(self, p: Tensor, g: Tensor, m: Tensor, v: Tensor, lr: float, step: int, unit: bool) -> None:
+    def unit_form(self, w_enc: Tensor, b_enc: Tensor, w_dec: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        given, out = (w_enc, b_enc, w_dec), [torch.empty_like(t) for t in (w_enc, b_enc, w_dec)]
+        a, b = [t.numpy() for t in given], [t.numpy() for t in out]
+        self.workers.share(len(w_enc), lambda _, first, last: kernels.unit_form(*a, first, last, *b))
+        return out[0], out[1], out[2]
+
+    def chain(self, w_enc: Tensor, b_enc: Tensor, w_dec: Tensor, g_enc: Tensor, g_b: Tensor, g_dec: Tensor) -> float:
+        a, g = [t.numpy() for t in (w_enc, b_enc, w_dec)], [t.numpy() for t in (g_enc, g_dec, g_b)]
+        return sum(self.workers.share(len(w_enc), lambda _, first, last: kernels.chain(*a, first, last, *g)))
+
+    def adam(self, p: Tensor, g: Tensor, m: Tensor, v: Tensor, lr: float, step: int, scale: float) -> None:
         arrays = [t.view(len(t), -1).numpy() for t in (p, g, m, v)]
         b1, b2 = BETAS
-        settings = [np.float32(s) for s in (lr / (1 - b1**step), b1, b2, (1 - b2**step) ** -0.5, EPS)]
-        self.workers.share(len(p), lambda _, first, last: kernels.adam(*arrays, *settings, first, last, unit))
+        settings = [np.float32(s) for s in (scale, lr / (1 - b1**step), b1, b2, (1 - b2**step) ** -0.5, EPS)]
+        self.workers.share(len(p), lambda _, first, last: kernels.adam(*arrays, *settings, first, last))
 
 
 class TorchOps:
@@ -223,13 +241,34 @@ class TorchOps:
         g_dec = _bags(level * len(x) + rows, starts, r.flatten(0, 1), a.z[order])
         return g_enc, g_dec, torch.zeros(m, device=x.device).index_add_(0, idx[order], dz[order])
 
-    def adam(self, p: Tensor, g: Tensor, m: Tensor, v: Tensor, lr: float, step: int, unit: bool) -> None:
-        b1, b2 = BETAS
-        m.lerp_(g, 1 - b1)
-        v.mul_(b2).addcmul_(g, g, value=1 - b2)
-        p.addcdiv_(m, v.sqrt().mul_((1 - b2**step) ** -0.5).add_(EPS), value=-lr / (1 - b1**step))
-        if unit:
-            p.div_(p.norm(dim=-1, keepdim=True).clamp_min(1e-6))
+    def unit_form(self, w_enc: Tensor, b_enc: Tensor, w_dec: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        n = w_dec.norm(dim=-1, keepdim=True)
+        return n * w_enc, n.flatten() * b_enc, w_dec / n
+
+    def chain(self, w_enc: Tensor, b_enc: Tensor, w_dec: Tensor, g_enc: Tensor, g_b: Tensor, g_dec: Tensor) -> float:
+        n = w_dec.norm(dim=-1, keepdim=True)
+        radial = (g_enc * w_enc).sum(-1, keepdim=True) + (g_b * b_enc)[:, None]
+        along = (g_dec * w_dec).sum(-1, keepdim=True)
+        g_dec.add_((radial - along / n**2) * w_dec).div_(n)
+        g_enc.mul_(n)
+        g_b.mul_(n.flatten())
+        return float(sum(g.pow(2).sum() for g in (g_enc, g_b, g_dec)))
+
+    def adam(self, p: Tensor, g: Tensor, m: Tensor, v: Tensor, lr: float, step: int, scale: float) -> None:
+        adam(p, g, m, v, lr, step, scale)
+
+
+def clipping(square: float) -> float:
+    """What to scale gradients by whose squares sum to `square`."""
+    return min(1.0, CLIP / max(math.sqrt(square), 1e-12))
+
+
+def adam(p: Tensor, g: Tensor, m: Tensor, v: Tensor, lr: float, step: int, scale: float) -> None:
+    """One Adam step (arXiv 1412.6980; from step 1) with the gradient scale · g, in place."""
+    b1, b2 = BETAS
+    m.mul_(b1).add_(g, alpha=(1 - b1) * scale)
+    v.mul_(b2).addcmul_(g, g, value=(1 - b2) * scale**2)
+    p.addcdiv_(m, v.sqrt().mul_((1 - b2**step) ** -0.5).add_(EPS), value=-lr / (1 - b1**step))
 
 
 def _chunks(x: Tensor, m: int) -> tuple[Tensor, ...]:

@@ -19,7 +19,6 @@ from saeunlearn.corpus import Corpus, Window, windows
 from saeunlearn.errors import Cancelled, ConfigError, NonFiniteError
 from saeunlearn.models import LanguageModel
 from saeunlearn.progress import Progress
-from saeunlearn.training import one_cycle
 
 from .activations import Shuffle, capturing
 from .cache import cached
@@ -94,7 +93,7 @@ def train_saes(
             run.resume(*load_checkpoint(checkpoint, key, model.device))
             progress.note(f"going on from step {run.done} of {run.steps} ({checkpoint})")
         _loop(run, progress, checkpoint, key, track)
-    out = [{layer: run.finished(n, c, made, model.name) for n, layer in enumerate(layers)} for c in range(len(many))]
+        out = [{i: run.finished(n, c, made, model.name) for n, i in enumerate(layers)} for c in range(len(many))]
     return out[0] if isinstance(configs, SAEConfig) else out
 
 
@@ -147,13 +146,17 @@ class _Run:
             scale = math.sqrt(d) / max(float(totals[-2]) / n, 1e-12)
             variance = float((square - mean**2).sum().clamp_min(1e-12)) * scale**2
             self.streams.append(Stream(scale, limit, variance))
-            self.saes.append([self._make(c, mean * scale) for c in self.configs])
+        self.saes = self._make()
 
-    def _make(self, config: SAEConfig, start: Tensor) -> SparseSAE | DenseSAE:
-        together = self.shuffle.processes
-        if config.architecture in SPARSE:
-            return SparseSAE(config, start, self.ops[getattr(torch, config.encoder_dtype)], together, self.seed)
-        return DenseSAE(config, start, together, self.seed)
+    def _make(self) -> list[list[SparseSAE | DenseSAE]]:
+        def one(config: SAEConfig) -> SparseSAE | DenseSAE:
+            common = (self.shuffle.processes, self.seed)
+            if config.architecture in SPARSE:
+                return SparseSAE(config, d, self.device, self.ops[getattr(torch, config.encoder_dtype)], *common)
+            return DenseSAE(config, d, self.device, *common)
+
+        d = self.shuffle.shape[1]
+        return [[one(c) for c in self.configs] for _ in self.layers]
 
     def step(self, h: Tensor) -> None:
         """One batch [layers, n, d] for every SAE."""
@@ -169,15 +172,15 @@ class _Run:
                 x, total = x[~far], total - outliers
             for c, sae in enumerate(self.saes[n]):
                 config = self.configs[c]
-                mse, active = sae.step(x, total, config.lr * one_cycle(self.done, self.steps, 0.05))
+                mse, active = sae.step(x, total, config.lr * rate(self.done, self.steps))
                 if not math.isfinite(mse):
                     raise NonFiniteError(
                         f"the loss of the {config.label} SAE at layer {self.layers[n]} is {mse} at step {self.done}: "
                         "lower lr"
                     )
-                rate = max(0.05, 1 / (self.done + 1))
-                self.fvu[n][c] += rate * (mse / stream.variance - self.fvu[n][c])
-                self.active[n][c] += rate * (active - self.active[n][c])
+                new = max(0.05, 1 / (self.done + 1))
+                self.fvu[n][c] += new * (mse / stream.variance - self.fvu[n][c])
+                self.active[n][c] += new * (active - self.active[n][c])
         self.done += 1
 
     def figures(self) -> dict[str, float]:
@@ -204,10 +207,9 @@ class _Run:
         """Continue from what `stored` returned."""
         self.done, self.fvu, self.active = info["done"], info["fvu"], info["active"]
         self.streams = [Stream(**s) for s in info["streams"]]
-        d = self.shuffle.shape[1]
-        for n in range(len(self.layers)):
-            self.saes.append([self._make(c, torch.zeros(d, device=self.device)) for c in self.configs])
-            for c, sae in enumerate(self.saes[n]):
+        self.saes = self._make()
+        for n, row in enumerate(self.saes):
+            for c, sae in enumerate(row):
                 for name in sae.state:
                     sae.state[name] = tensors[f"{n}.{c}.{name}"].to(sae.state[name].device)
 
@@ -262,6 +264,11 @@ def _loop(run: _Run, progress: Progress, checkpoint: Path | None, key: str,
             progress.note(f"layer {layer}: {s.outliers:.2%} of the positions have a norm above {OUTLIER:.0f} × the "
                           f"median ({left})")  # fmt: skip
     progress.finish(**run.figures())
+
+
+def rate(step: int, steps: int) -> float:
+    """Share of the peak learning rate: a rise over 5 % of the steps, and a linear fall over the last 20 %."""
+    return min(1.0, (step + 1) / max(1.0, 0.05 * steps), (steps - step) / (0.2 * steps))
 
 
 def _fingerprint(items: Sequence[Window]) -> str:

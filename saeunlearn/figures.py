@@ -109,6 +109,47 @@ def feature_scores(
     return _finish(fig)
 
 
+def sae_quality(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Quality of SAEs by layer: one panel a measure, one line a configuration; and how often features fire.
+
+    Row: {"label", "layer", "fvu", "l0", "ce_recovered", "kl", "dead", "density": [share of positions per feature]}.
+    """
+    import numpy as np
+
+    panels = {
+        "fvu": ("Unexplained variance", "share (FVU)"),
+        "l0": ("Active features", "features a position (L0)"),
+        "ce_recovered": ("Cross-entropy recovered", "share"),
+        "kl": ("KL to the original", "nats per token"),
+        "dead": ("Features that never fire", "share"),
+    }
+    labels = list(dict.fromkeys(r["label"] for r in rows))
+    fig = _figure(9.2, 5.0)
+    if not rows:
+        _say(fig, "no SAE was measured")
+        return _finish(fig)
+    for at, (name, (title, unit)) in enumerate(panels.items()):
+        ax = fig.add_subplot(2, 3, at + 1)
+        for n, label in enumerate(labels):
+            own = sorted((r for r in rows if r["label"] == label), key=lambda r: r["layer"])
+            ax.plot([r["layer"] for r in own], [r[name] for r in own], _LINES[n % 4], color=_SERIES[n % 8],
+                    marker=_MARKERS[n % 8], markersize=4, label=label)  # fmt: skip
+        layers = sorted({r["layer"] for r in rows})
+        ax.set_xticks(layers[:: math.ceil(len(layers) / 12)])
+        ax.set(title=title, xlabel="layer", ylabel=unit)
+        low = 0 if name != "ce_recovered" else min(0.0, *(r[name] for r in rows))
+        ax.set_ylim(bottom=low, top=None if name != "ce_recovered" else 1.02)
+    ax = fig.add_subplot(2, 3, 6)
+    for n, label in enumerate(labels):
+        density = np.concatenate([np.asarray(r["density"], float) for r in rows if r["label"] == label])
+        if (live := density[density > 0]).size:
+            ax.hist(np.log10(live), bins=40, histtype="step", color=_SERIES[n % 8], linestyle=_LINES[n % 4])
+    ax.set(title="How often features fire", xlabel="log₁₀ share of positions", ylabel="features, all layers")
+    if len(labels) > 1:
+        fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=min(3, len(labels)))
+    return _finish(fig)
+
+
 def training_curves(losses: Sequence[Mapping[str, float]]) -> Figure:
     """Losses by step, and where recorded the change of the stream and what the watched texts cost.
 

@@ -65,7 +65,7 @@ def test_training_explains_the_stream(llama: LanguageModel) -> None:
     assert len(steps) == math.ceil(CONFIG.tokens / CONFIG.batch)
     for layer in LAYERS:  # what was reported is what was reached, up to the smoothing
         assert steps[0][f"fvu{layer}"] > 0.8 > 0.4 > steps[-1][f"fvu{layer}"]
-        assert abs(steps[-1][f"fvu{layer}"] - trained[layer].fvu) < 0.1
+        assert abs(steps[-1][f"fvu{layer}"] - trained[layer].fvu) < 0.15
     assert all(torch.equal(p, before[n]) and p.grad is None for n, p in llama.model.named_parameters())
 
 
