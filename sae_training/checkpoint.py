@@ -18,7 +18,8 @@ SCHEMA = 1
 
 
 def save_checkpoint(file: Path, key: str, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
-    """Write tensors and JSON; a kill at any moment leaves the old file or the new one."""
+    """Write tensors and JSON; a kill at any moment leaves the old file or the new one. Raises RunError."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -29,9 +30,11 @@ def save_checkpoint(file: Path, key: str, tensors: Mapping[str, Tensor], info: M
         with partial.open("rb") as f:
             os.fsync(f.fileno())
         os.replace(partial, file)
-    except BaseException:
+    except BaseException as e:
         with contextlib.suppress(OSError):
             partial.unlink()
+        if isinstance(e, OSError | SafetensorError):
+            raise RunError(f"cannot write the checkpoint {file}: {e}") from e
         raise
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-from saeunlearn.checkpoints import atomic_folder
+from saeunlearn.checkpoints import atomic_folder, write_json
 from saeunlearn.errors import ModelError, NonFiniteError, SAEMismatchError
 from saeunlearn.models import LanguageModel
 
@@ -19,14 +18,15 @@ from saeunlearn.models import LanguageModel
 def save_saes(saes: Mapping[int, Any], folder: str | Path) -> None:
     """One SAELens folder a layer, `layer_{l}/`, and an index; written whole or not at all."""
     with atomic_folder(folder, replaces=lambda p: (p / "saes.json").exists()) as work:
-        for layer, sae in saes.items():
-            sae.save_model(work / f"layer_{layer}")
-        index = {
-            "schema": 1,
-            "layers": sorted(saes),
-            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        }
-        (work / "saes.json").write_text(json.dumps(index, indent=1))
+        write_saes(saes, work)
+
+
+def write_saes(saes: Mapping[int, Any], folder: Path) -> None:
+    """What `save_saes` writes, file by file."""
+    for layer, sae in saes.items():
+        sae.save_model(folder / f"layer_{layer}")
+    created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    write_json(folder / "saes.json", {"schema": 1, "layers": sorted(saes), "created": created})
 
 
 def load_saes(source: str | Path, model: LanguageModel | None = None) -> dict[int, Any]:
@@ -43,7 +43,9 @@ def load_saes(source: str | Path, model: LanguageModel | None = None) -> dict[in
     if path.is_dir():
         folders = [path] if (path / "cfg.json").exists() else sorted(p.parent for p in path.glob("*/cfg.json"))
         if not folders:
-            raise SAEMismatchError(f"{path} holds no SAELens folder (cfg.json with sae_weights.safetensors)")
+            several = sorted(p.parent.parent.name for p in path.glob("*/*/cfg.json"))
+            hint = f": name one of its sets, {', '.join(dict.fromkeys(several))}" if several else ""
+            raise SAEMismatchError(f"{path} holds no SAELens folder (cfg.json with sae_weights.safetensors){hint}")
         loaded = [(str(f), _load_folder(f, device)) for f in folders]
     elif ":" in str(source) and not path.exists():
         release, _, sae_id = str(source).partition(":")

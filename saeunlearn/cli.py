@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .errors import ConfigError, RunError, SaeunlearnError
+from .errors import ConfigError, SaeunlearnError
 from .terminal import (
     json_or_empty,
     layer_lines,
+    sae_lines,
     show_erasure,
     show_ledger,
     show_result,
@@ -78,12 +79,19 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = verb("train-saes", train_saes, "train SAEs on the residual stream of many layers from one forward pass")
     p.add_argument("--model", required=True, help="model folder or hub id")
-    p.add_argument("--corpus", required=True, action="append", help="text to train on; may be given several times")
+    p.add_argument("--corpus", required=True, action="append",
+                   help="text, or .safetensors with a tensor `tokens`; may be given several times")  # fmt: skip
     p.add_argument("--out", type=Path, required=True, help="folder for the SAEs (SAELens format)")
     p.add_argument("--layers", default="all", help="`all`, or numbers and ranges: 1,3,5-8")
-    p.add_argument("--expansion", type=int, help="d_sae / d_model (default 8)")
-    p.add_argument("--k", type=int, help="active features at each position (default 16)")
+    p.add_argument("--arch", default="topk", help="topk, batchtopk, matryoshka, relu, jumprelu, gated; or several: a,b")
+    p.add_argument("--expansion", default="8", help="d_sae / d_model (default 8); or several: 4,8")
+    p.add_argument("--k", default="16", help="active features at a position (default 16); or several: 16,32")
     p.add_argument("--tokens", type=int, help="positions to train on, epochs counted (default 1000000)")
+    p.add_argument("--cache", type=Path, help="keep activations in this folder, for later runs to reuse")
+    p.add_argument("--cache-dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    p.add_argument("--resume", action="store_true", help="go on where a run with the same settings was stopped")
+    p.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any other setting: lr, batch …")
+    p.add_argument("--tracker", help="tensorboard, trackio, wandb … (default: none)")
     add_common(p)
 
     p = verb("select", select, "choose the layer and the features that carry the forget set")
@@ -170,8 +178,17 @@ def add_method(p: argparse.ArgumentParser) -> None:
 
 def method_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The method's settings as given. Raises ConfigError for what is not NAME=VALUE."""
+    out = further_settings(args.set)
+    if args.form:
+        out["form"] = args.form
+    if args.max_retain_rise is not None:
+        out["max_retain_rise"] = args.max_retain_rise
+    return out
+
+
+def further_settings(items: Sequence[str]) -> dict[str, Any]:
     out: dict[str, Any] = {}
-    for item in args.set:
+    for item in items:
         name, eq, value = item.partition("=")
         if not eq:
             raise ConfigError(f"--set {item}: write NAME=VALUE")
@@ -179,10 +196,6 @@ def method_settings(args: argparse.Namespace) -> dict[str, Any]:
             out[name] = json.loads(value)
         except ValueError:
             out[name] = value
-    if args.form:
-        out["form"] = args.form
-    if args.max_retain_rise is not None:
-        out["max_retain_rise"] = args.max_retain_rise
     return out
 
 
@@ -230,24 +243,40 @@ def sandbox(args: argparse.Namespace) -> None:
 
 
 def train_saes(args: argparse.Namespace) -> None:
-    import sae_training
+    from itertools import product
 
-    from .corpus import Corpus
-    from .models import LanguageModel
+    from sae_training import SAEConfig, parse_layers
+    from sae_training.processes import Processes
+    from sae_training.produce import produce
+
+    from .models import LanguageModel, resolve_device
     from .pipeline import settings_of
-    from .progress import ConsoleProgress
+    from .progress import ConsoleProgress, Progress
 
-    if args.out.exists() and any(args.out.iterdir()) and not (args.out / "saes.json").exists():
-        raise RunError(f"{args.out} is not empty and holds no SAEs: choose another --out")
-    given = {n: v for n in ("expansion", "k", "tokens") if (v := getattr(args, n)) is not None}
-    config = settings_of(sae_training.SAEConfig, given, "SAE")
-    corpora = [Corpus.load(c) for c in args.corpus]
+    given = further_settings(args.set) | ({"tokens": args.tokens} if args.tokens is not None else {})
+    configs = [
+        settings_of(SAEConfig, {**given, "architecture": arch, "expansion": width, "k": k}, "SAE")
+        for arch, width, k in product(
+            args.arch.split(","), whole_numbers(args.expansion, "--expansion"), whole_numbers(args.k, "--k")
+        )
+    ]
+    processes = Processes.launched(resolve_device(args.device))
     model = LanguageModel.open(args.model, device=args.device, dtype=args.dtype)
-    layers = sae_training.parse_layers(model, args.layers)
-    corpus = Corpus(tuple(r for c in corpora for r in c), "+".join(c.name for c in corpora))
-    saes = sae_training.train_saes(model, corpus, layers, config, seed=args.seed, progress=ConsoleProgress())
-    sae_training.save_saes(saes, args.out)
-    print(f"{args.out}: SAEs for layers {', '.join(map(str, saes))}")
+    rows = produce(
+        model, args.corpus, parse_layers(model, args.layers), configs, args.out, seed=args.seed,
+        progress=ConsoleProgress() if processes.first else Progress(), resume=args.resume, cache=args.cache,
+        cache_dtype=args.cache_dtype, tracker=args.tracker, processes=processes,
+    )  # fmt: skip
+    if rows:
+        print(sae_lines(rows))
+        print(f"{args.out}: SAEs, quality.json, quality.png")
+
+
+def whole_numbers(text: str, option: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as e:
+        raise ConfigError(f"{option} {text}: write whole numbers, separated by commas") from e
 
 
 def select(args: argparse.Namespace) -> None:

@@ -269,7 +269,12 @@ def trained_saes(run: Run) -> dict[int, Any]:
         settings: SAEConfig = settings_of(SAEConfig, run.config.sae, "SAE")
         layers = parse_layers(run.model, run.config.layers)
         both = Corpus(run.forget.records + run.retain.records, "forget and retain")
-        save_saes(train_saes(run.model, both, layers, settings, seed=run.config.seed, progress=run.progress), own)
+        unfinished = run.root / "saes-unfinished.safetensors"
+        saes = train_saes(
+            run.model, both, layers, settings, seed=run.config.seed, progress=run.progress, checkpoint=unfinished
+        )
+        save_saes(saes, own)
+        unfinished.unlink()
     return load_saes(own, run.model)
 
 

@@ -39,6 +39,16 @@ def layer_lines(selection: Any) -> str:
     return "\n".join(lines)
 
 
+def sae_lines(rows: Sequence[dict[str, Any]]) -> str:
+    """The quality of SAEs as a table."""
+    width = max(len(r["label"]) for r in rows)
+    lines = [f"{'':{width}}  layer    FVU     L0   dead  CE recovered     KL"]
+    for r in rows:
+        lines.append(f"{r['label']:{width}}  {r['layer']:5d}  {r['fvu']:.3f}  {r['l0']:5.1f}  {r['dead']:5.1%}  "
+                     f"{r['ce_recovered']:12.3f}  {r['kl']:.3f}")  # fmt: skip
+    return "\n".join(lines)
+
+
 def show_samples(samples: Sequence[dict[str, Any]]) -> None:
     for s in samples:
         before, after = (shorten(s[k], 100, placeholder=" …") for k in ("before", "after"))

@@ -174,7 +174,13 @@ def test_settings_of_the_method_are_json_or_text() -> None:
 def test_train_saes(flow: Flow) -> None:
     from sae_lens import SAE
 
-    assert "layers 0, 1" in flow.out["train-saes"]
+    said = flow.out["train-saes"]
+    assert "CE recovered" in said
+    assert "quality.png" in said
+    rows = json.loads((flow.home / "saes" / "quality.json").read_text())["saes"]
+    assert [(r["label"], r["layer"]) for r in rows] == [("topk-x8-k8", 0), ("topk-x8-k8", 1)]
+    assert (flow.home / "saes" / "quality.png").stat().st_size > 10_000
+    assert not list(flow.home.glob(".saes*"))
     for layer in (0, 1):
         sae = SAE.load_from_disk(flow.home / "saes" / f"layer_{layer}")
         assert (sae.cfg.d_in, sae.cfg.k) == (64, 8)

@@ -206,7 +206,7 @@ def test_interruptions_at_every_step_change_no_number(
         progress.cancelled = True
 
     start(at_step("SAEs", cancel, done=2_000), Cancelled, "cancelled")
-    assert {f.name for f in root.iterdir()} == {"run.json", "events.jsonl"}
+    assert {f.name for f in root.iterdir()} == {"run.json", "events.jsonl", "saes-unfinished.safetensors"}
     start(at_step("SAEs", stop(KeyboardInterrupt), done=2_000), KeyboardInterrupt, "cancelled")
     assert not (root / "saes").exists()
     start(at_step("gates", stop(RuntimeError), done=-1), RuntimeError, "failed")  # a bug, not one of our errors
@@ -383,7 +383,8 @@ def test_a_full_disk_while_saes_are_saved(config: RunConfig, tmp_path: Path, mon
     with pytest.raises(RunError, match="disk is full"):
         unlearn(replace(config, sae={**config.sae, "tokens": 300}), tmp_path / "run", Progress())
     assert read(tmp_path / "run" / "run.json")["status"] == "failed"
-    assert {f.name for f in (tmp_path / "run").iterdir()} == {"run.json", "events.jsonl"}
+    kept = {f.name for f in (tmp_path / "run").iterdir()}
+    assert kept == {"run.json", "events.jsonl", "saes-unfinished.safetensors"}  # what was trained is not lost
 
 
 def test_other_failures_to_write_do_not_blame_the_disks_size(
