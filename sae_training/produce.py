@@ -123,8 +123,10 @@ def token_windows(file: Path, model: LanguageModel, context: int | None = None) 
     limit = min(context or model.max_length, model.max_length)
     bos = [] if model.bos_id is None else [model.bos_id]
     out: list[Window] = []
-    for row in tokens.view(1, -1).tolist() if tokens.dim() == 1 else tokens.tolist():
-        ids = row[1:] if bos and row[0] == bos[0] else row
+    number = list(range(model.d_vocab))  # one object for each id, or a large file would fill the memory with them
+    for row in tokens.view(1, -1) if tokens.dim() == 1 else tokens:
+        ids = [number[i] for i in row.tolist()]
+        ids = ids[1:] if bos and ids[0] == bos[0] else ids
         step = limit - len(bos)
         parts = [tuple(bos + ids[at : at + step]) for at in range(0, len(ids), step)]
         out += [Window(part, 1, len(out) + i) for i, part in enumerate(parts) if len(part) > 1]
