@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TIMEOUT = timedelta(minutes=10)  # for a partner that neither answers nor closes its connection
+# For a partner that neither answers nor closes its connection. gloo notices a dead one by its connection, so that the
+# others may wait as long as filling a cache takes; nccl notices by the time alone.
+TIMEOUT = {"cpu": timedelta(days=1), "cuda": timedelta(hours=2)}
 
 
 @dataclass
@@ -28,7 +30,7 @@ class Processes:
             return cls()
         from accelerate import PartialState
 
-        state = PartialState(cpu=device.type == "cpu", timeout=TIMEOUT)
+        state = PartialState(cpu=device.type == "cpu", timeout=TIMEOUT.get(device.type, TIMEOUT["cuda"]))
         return cls(state.num_processes, state.process_index)
 
     @property

@@ -75,7 +75,6 @@ def produce(
             write_json(work / "quality.json", {"schema": SCHEMA, "created": created, "saes": rows})
             figures.save(figures.sae_quality(rows), work / "quality.png")
         checkpoint.unlink(missing_ok=True)
-    processes.wait()
     return rows
 
 

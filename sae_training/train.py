@@ -78,7 +78,8 @@ def train_saes(
     items = windows(corpus, model, many[0].context) if isinstance(corpus, Corpus) else list(corpus)
     data = corpus.fingerprint() if isinstance(corpus, Corpus) else _fingerprint(items)
     made = {"saeunlearn": __version__, "seed": seed, "layers": list(layers), "torch": torch.__version__,
-            "model_fingerprint": model.fingerprint(), "corpus_fingerprint": data}  # fmt: skip
+            "model_fingerprint": model.fingerprint(), "corpus_fingerprint": data,
+            "cache_dtype": None if cache is None else cache_dtype}  # fmt: skip
     key = hashlib.sha256(json.dumps([made, [asdict(c) for c in many]], sort_keys=True).encode()).hexdigest()
     capture = capturing(model, items, layers)
     if cache is not None:

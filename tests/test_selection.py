@@ -28,7 +28,7 @@ from toys import (
 
 from saeunlearn.corpus import windows
 from saeunlearn.errors import ConfigError, NonFiniteError, SAEMismatchError, SelectionError
-from saeunlearn.features.gate import RIDGE, Gate, fit_gates, logistic, telling
+from saeunlearn.features.gate import RIDGE, Gate, fit_gates, logistic, telling, topic_tokens
 from saeunlearn.features.scores import choose_features, feature_stats
 from saeunlearn.features.selection import (
     ProbeResult,
@@ -239,8 +239,9 @@ def test_foreign_and_damaged_files_are_refused(model: LanguageModel, tmp_path: P
     good = json.loads(json.dumps(run(model, {1: exact_sae(1)}).to_dict()))
     whole = json.dumps(good)
     foreign: list[Any] = [
-        [], None, 3, {}, {"schema": 2}, {"schema": 1}, {**good, "schema": 2}, {**good, "stranger": 1},
+        [], None, 3, {}, {"schema": 2}, {"schema": 1}, {**good, "schema": 1}, {**good, "stranger": 1},
         {k: v for k, v in good.items() if k != "relevant"}, {**good, "gate": 3}, {**good, "gate": {"features": [1]}},
+        {**good, "other_gates": {"1": 3}},
     ]  # fmt: skip
     for text in [json.dumps(f) for f in foreign] + [whole[: len(whole) // 2], "", "\x00"]:
         file.write_text(text)
@@ -310,3 +311,26 @@ def test_open_is_activity_above_the_threshold() -> None:
     assert gate.open(sae, h).tolist() == [[False, False], [True, True]]  # 2.0 is not above 2.0
     assert torch.equal(gate.open(sae, 100 * h), gate.open(sae, h))  # the size of the stream does not count
     assert torch.equal(gate.open(sae, h.bfloat16()), gate.open(sae, h.bfloat16().float()))
+
+
+@torch.no_grad()
+def test_topic_tokens_are_those_at_which_half_of_the_gates_are_open(model: LanguageModel) -> None:
+    saes = {i: exact_sae(i) for i in (0, 1, 2)}
+    got = run(model, saes)
+    items = windows(DIGITS, model)[:5]
+    gates = {}
+    for i, gate in got.gates.items():  # gates that are open at about half of the positions
+        h = torch.cat([model.capture(torch.tensor([w.ids]), [i])[i][0, 1:] for w in items])
+        gates[i] = dataclasses.replace(gate, threshold=float(gate.activity(saes[i], h).median()))
+    votes = []
+    for w in items:
+        streams = model.capture(torch.tensor([w.ids]), [0, 1, 2])
+        votes.append(
+            [sum(bool(o) for o in v) for v in zip(*(gates[i].open(saes[i], streams[i])[0, 1:] for i in gates))]
+        )
+    assert {v for row in votes for v in row} >= {0, 3}
+    assert [t.tolist() for t in topic_tokens(model, saes, gates, items)] == [[v >= 2 for v in row] for row in votes]
+    alone = topic_tokens(model, {1: saes[1]}, gates, items)  # SAEs of the other layers may be missing
+    for w, t in zip(items, alone):
+        h = model.capture(torch.tensor([w.ids]), [1])[1]
+        assert t.tolist() == gates[1].open(saes[1], h)[0, 1:].tolist()

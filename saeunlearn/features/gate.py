@@ -57,15 +57,19 @@ class FittedGate:
 
 
 @torch.no_grad()
-def other_words(model: LanguageModel, sae: Any, gate: Gate, layer: int, items: Sequence[Window]) -> list[Tensor]:
-    """Which tokens of forget texts are not about the topic: Bool aligned to each `window.ids[1:]`.
+def topic_tokens(model: LanguageModel, saes: Mapping[int, Any], gates: Mapping[int, Gate], items: Sequence[Window]
+                 ) -> list[Tensor]:  # fmt: skip
+    """Which tokens of forget texts are about the topic: Bool aligned to each `window.ids[1:]`.
 
-    Those at which the gate is closed.
+    Those at which the gates of at least half of the layers are open. One layer's gate misses words of the topic, and
+    opens at others; layers err at different words.
     """
+    layers = sorted(gates.keys() & saes.keys())
     out = []
     for w in items:
-        closed = ~gate.open(sae, model.capture(torch.tensor([w.ids], device=model.device), [layer])[layer])[0].cpu()
-        out.append(closed[1:])
+        streams = model.capture(torch.tensor([w.ids], device=model.device), layers)
+        votes = torch.stack([gates[i].open(saes[i], streams[i])[0, 1:] for i in layers]).sum(0)
+        out.append((2 * votes >= len(layers)).cpu())
     return out
 
 

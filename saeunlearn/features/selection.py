@@ -18,7 +18,7 @@ from ..progress import Progress
 from .gate import FittedGate, Gate, fit_gates
 from .scores import FeatureChoice, FeatureStats, check_sae, choose_features, feature_stats
 
-SCHEMA = 1
+SCHEMA = 2
 MAX_FVU = 0.9  # an SAE that explains less of the user's stream than this was trained on something else
 
 
@@ -38,9 +38,10 @@ class SelectConfig:
 class ProbeResult:
     """What a short run at one layer achieved.
 
-    `forget_rise`: rise of the loss on forget text (nats a token) at the retention budget, interpolated along
-    `curve`: (share of the edit, forget rise, cost) points; the cost is the relative rise of the retain loss or,
-    where that uses up more of its limit, of another watched loss, in units of the retain limit.
+    `forget_rise`: rise of the loss on forget text (nats a token; in gated runs on what it says about the topic) at the
+    retention budget, interpolated along `curve`: (share of the edit, forget rise, cost) points. The cost is the
+    relative rise of the retain loss or, where that uses up more of its limit, of another watched loss, in units of
+    the retain limit.
     """
 
     layer: int
@@ -59,6 +60,7 @@ class Selection:
     d_model: int
     retain_norm: float  # mean ‖h_l‖ over retain positions
     gate: Gate
+    other_gates: dict[int, Gate]  # of the other layers: together they say what the topic's words are
     layers: list[dict[str, Any]]  # one row a layer: scores, probe, chosen
     forget_scores: list[float] = field(repr=False)  # s_f of every feature of the chosen layer
     retain_scores: list[float] = field(repr=False)
@@ -68,8 +70,14 @@ class Selection:
     retain_fingerprint: str
     schema: int = SCHEMA
 
+    @property
+    def gates(self) -> dict[int, Gate]:
+        """The gate of every layer that was scored."""
+        return {**self.other_gates, self.layer: self.gate}
+
     def to_dict(self) -> dict[str, Any]:
         d = asdict(self)
+        d["other_gates"] = {str(i): g for i, g in d["other_gates"].items()}  # as JSON has it
         d["K"] = self.k
         return d
 
@@ -84,7 +92,8 @@ class Selection:
             if d.get("schema") != SCHEMA:
                 raise SelectionError(f"{file} has schema {d.get('schema')}, this version reads {SCHEMA}")
             d.pop("K")
-            return cls(**{**d, "gate": Gate(**d["gate"])})
+            others = {int(i): Gate(**g) for i, g in d["other_gates"].items()}
+            return cls(**{**d, "gate": Gate(**d["gate"]), "other_gates": others})
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
             raise SelectionError(f"{file} is not a selection: {e}") from e
 
@@ -141,7 +150,8 @@ def select(model: LanguageModel, saes: Mapping[int, Any], forget: Corpus, retain
     for layer, choice in choices.items():
         candidates[layer] = Selection(
             layer=layer, relevant=choice.relevant, irrelevant=choice.irrelevant, k=k, d_model=model.d_model,
-            retain_norm=r_stats[layer].mean_norm, gate=gates[layer].gate, layers=[],
+            retain_norm=r_stats[layer].mean_norm, gate=gates[layer].gate,
+            other_gates={i: g.gate for i, g in gates.items() if i != layer}, layers=[],
             forget_scores=f_stats[layer].mean_square.tolist(), retain_scores=r_stats[layer].mean_square.tolist(),
             config=asdict(config), model_fingerprint=model.fingerprint(),
             forget_fingerprint=forget.fingerprint(), retain_fingerprint=retain.fingerprint(),

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..corpus import Corpus, Window, endless, refuse_overlap, windows
 from ..erasure import Erasure
 from ..errors import ConfigError, ModelError, NonFiniteError
-from ..features.gate import other_words
+from ..features.gate import topic_tokens
 from ..features.selection import ProbeResult, Selection, check_selection
 from ..features.subspace import orthonormal_basis, subspaces
 from ..models import LanguageModel, Writer
@@ -130,8 +130,8 @@ def prepare(model: LanguageModel, forget: Corpus, retain: Corpus, config: SSPUCo
     budget.watch("retain", some(windows(held, model, config.max_length), seed), config.max_retain_rise)
     if config.gated:
         sample = some(f_items, seed)
-        others = other_words(model, saes[layer], selection.gate, layer, sample)
-        budget.watch("other", sample, config.max_other_rise, others)
+        topic = topic_tokens(model, saes, selection.gates, sample)
+        budget.watch("other", sample, config.max_other_rise, [~t for t in topic])
     return SSPURun(
         model=model, config=config, selection=selection, sae=saes[layer], forget=f_items, retain=r_items,
         prefixes=shared_prefixes(f_items, r_items), deltas=new_deltas(writers, bases),
@@ -305,13 +305,17 @@ def probe_layer(
     """A short run at the candidate's layer: how much forgetting does the retention budget buy there?
 
     The trained update is scaled, which gives a whole curve of forgetting against retention for a few forward
-    passes; the forget rise is read off where the curve meets the budget.
+    passes; the forget rise is read off where the curve meets the budget. In gated runs it is that of the topic's words.
     """
     steps = max(PROBE_STEPS, round(PROBE_SHARE * config.steps))
     short = replace(config, steps=steps, check_every=steps, max_retain_rise=math.inf, max_other_rise=math.inf)
     run = prepare(model, forget, retain, short, candidate, saes, seed)
     fit(run, progress)
-    run.budget.watch("forget", some(run.forget, seed), math.inf)
+    sample = some(run.forget, seed)
+    topic = topic_tokens(model, saes, candidate.gates, sample) if config.gated else None
+    run.budget.watch("forget", sample, math.inf, topic)
+    if "forget" not in run.budget.watches:  # the gates are open nowhere
+        return ProbeResult(candidate.layer, 0.0, [])
     base = run.budget.watches["forget"].base
     curve: list[tuple[float, float, float]] = []
     for s in PROBE_SCALES:
