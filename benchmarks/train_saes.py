@@ -286,7 +286,7 @@ def layers(args: argparse.Namespace) -> dict[str, Any]:
                 MultiSAETrainingRunnerConfig(
                     saes={str(i): one for i in chosen}, hook_names={str(i): f"blocks.{i}.hook_out" for i in chosen},
                     training_tokens=tokens, train_batch_size_tokens=BATCH, context_size=128, lr=LR, lr_end=LR / 10,
-                    n_batches_in_buffer=8, store_batch_size_prompts=32, streaming=False, n_checkpoints=0,
+                    n_batches_in_buffer=64, store_batch_size_prompts=32, streaming=False, n_checkpoints=0,
                     checkpoint_path=None, output_path=None, logger=LoggingConfig(log_to_wandb=False), device="cpu",
                 ),
                 override_dataset=table, override_model=bridge,
