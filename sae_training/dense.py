@@ -13,7 +13,7 @@ from .processes import Processes
 from .sparse import adam, clipping
 
 RATE = 0.05  # of the logarithm of the sparsity weight, for each factor e that the active features are off
-MEMORY = 0.9  # of the running mean of the number of active features
+MEMORY = 0.5  # of the running mean of the number of active features
 DESCENT = 0.5  # of the steps until the aim is k
 START = 0.1  # sparsity weight
 LIMITS = (1e-3, 1e3)

@@ -137,7 +137,7 @@ def sae_quality(rows: Sequence[Mapping[str, Any]]) -> Figure:
         layers = sorted({r["layer"] for r in rows})
         ax.set_xticks(layers[:: math.ceil(len(layers) / 12)])
         ax.set(title=title, xlabel="layer", ylabel=unit)
-        low = 0 if name != "ce_recovered" else min(0.0, *(r[name] for r in rows))
+        low = 0 if name != "ce_recovered" else 1.05 * min(0.0, *(r[name] for r in rows))
         ax.set_ylim(bottom=low, top=None if name != "ce_recovered" else 1.02)
     ax = fig.add_subplot(2, 3, 6)
     for n, label in enumerate(labels):
