@@ -59,7 +59,7 @@ def test_every_architecture_learns_keeps_its_aim_and_opens_in_sae_lens(
     h = slow_positions(llama, windows(TEXTS, llama), [1])[:, 0]
     z = sae.encode(h)
     fvu = float((sae.decode(z) - h).pow(2).sum() / (h - h.mean(0)).pow(2).sum())
-    assert fvu < (0.6 if architecture == "relu" else 0.25)  # L1 shrinks what it finds
+    assert fvu < (0.75 if architecture == "relu" else 0.25)  # L1 shrinks what it finds
     l0 = float((z > 0).sum(-1).double().mean())
     off = 1.3 if architecture in SPARSE else 2.0
     assert config.k / off <= l0 <= config.k * off
