@@ -1,6 +1,6 @@
 """Is the automatic layer the right one? Every layer run to its end, against the choice and against each score.
 
-    python benchmarks/layers.py --worlds 21 22 23 --data ../shared/data --out runs/bench/layers
+    python benchmarks/layers.py --worlds 31 32 33 --data ../shared/data --out runs/bench/layers
 
 For every layer the finished update is scaled over a range, which gives a curve of forgetting against retention;
 layers are compared at equal retention, interpolated on that curve (multiple choice: .98 of the original; the real
@@ -141,7 +141,7 @@ def correlations(result: dict[str, Any]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--worlds", type=int, nargs="*", default=[21, 22, 23])
+    parser.add_argument("--worlds", type=int, nargs="*", default=[31, 32, 33])
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--out", type=Path, default=Path("runs/bench/layers"))

@@ -1,6 +1,6 @@
 """Forgetting against retention on sandbox worlds: both SSPU forms, strengths, K, seeds, and the two controls.
 
-    python benchmarks/sandbox_frontier.py --worlds 21 22 23 --seeds 0 1 2 --out runs/bench/frontier
+    python benchmarks/sandbox_frontier.py --worlds 31 32 33 --seeds 0 1 2 --out runs/bench/frontier
 
 Writes points-WORLD.json (every run), frontier.png and table.md. The settings are the defaults of `saeunlearn demo`,
 except for what an axis varies. The strength axis scales a finished update. Worlds, SAEs and finished runs are kept
@@ -164,7 +164,7 @@ def report(out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--worlds", type=int, nargs="*", default=[21, 22, 23])
+    parser.add_argument("--worlds", type=int, nargs="*", default=[31, 32, 33])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--forms", nargs="+", default=["hard", "soft"])
     parser.add_argument("--out", type=Path, default=Path("runs/bench/frontier"))

@@ -149,7 +149,8 @@ def test_a_fixed_layer_is_taken_without_probes(model: LanguageModel) -> None:
         raise AssertionError("nothing to decide")
 
     got = run(model, {i: exact_sae(i) for i in range(4)}, dataclasses.replace(CONFIG, layer=1), probe)
-    assert (got.layer, [row["layer"] for row in got.layers]) == (1, [1])
+    assert [row["layer"] for row in got.layers if row["chosen"]] == [got.layer] == [1]
+    assert sorted(got.gates) == [0, 1, 2, 3]  # all vote on the words of the topic
     assert run(model, {3: exact_sae(3)}, CONFIG, probe).layer == 3  # one SAE leaves nothing to decide either
 
 

@@ -29,7 +29,7 @@ class SelectConfig:
     k: int | None = None  # relevant features; None: d_model / 8, at most 64
     percentile: float = 98.0  # of the forget/retain ratio ρ over live features (paper: 90 or 95)
     shortlist: int = 6  # layers that get a probe run, best gate AUC first
-    layer: int | None = None  # take this layer and probe nothing
+    layer: int | None = None  # take this layer and probe nothing (the others still vote on the words of the topic)
     gate_percentile: float = 99.0  # retain positions below the gate's threshold
     max_records: int = 2000  # of each set, for the scores
 
@@ -129,10 +129,8 @@ def select(model: LanguageModel, saes: Mapping[int, Any], forget: Corpus, retain
     if not saes:
         raise SAEMismatchError("no SAEs were given")
     k = check_select(config, model.d_model)
-    if config.layer is not None:
-        if config.layer not in saes:
-            raise SAEMismatchError(f"no SAE for layer {config.layer}; there are SAEs for {sorted(saes)}")
-        saes = {config.layer: saes[config.layer]}
+    if config.layer is not None and config.layer not in saes:
+        raise SAEMismatchError(f"no SAE for layer {config.layer}; there are SAEs for {sorted(saes)}")
     f_items = windows(forget.sample(config.max_records, seed), model)
     r_items = windows(retain.sample(config.max_records, seed), model)
     f_stats = feature_stats(model, saes, f_items, progress, "scores on forget text")
@@ -158,7 +156,9 @@ def select(model: LanguageModel, saes: Mapping[int, Any], forget: Corpus, retain
         )  # fmt: skip
     scores = {i: _layer_scores(f_stats[i], r_stats[i], choices[i], gates[i]) for i in saes}
     probes: dict[int, ProbeResult] = {}
-    if probe is not None and len(saes) > 1:
+    if config.layer is not None:
+        chosen = config.layer
+    elif probe is not None and len(saes) > 1:
         shortlist = sorted(saes, key=lambda i: -scores[i]["gate_auc"])[: config.shortlist]
         for layer in sorted(shortlist):
             probes[layer] = probe(candidates[layer])

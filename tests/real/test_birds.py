@@ -17,7 +17,7 @@ from saeunlearn.methods.sspu import SSPU, SSPUConfig
 from saeunlearn.models import LanguageModel
 from saeunlearn.progress import Progress
 
-LAYER = 2
+LAYER = 4
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,8 @@ def test_birds_go_and_other_stories_stay(shared_data: Path, birds: Any, tmp_path
     model = LanguageModel.open(shared_data / "stories260K", device="cpu")
     forget, retain = data["forget_birds_train"], data["retain_train"].sample(200, 0)
     both = Corpus(forget.records + retain.records)
-    saes = train_saes(model, both, [LAYER], SAEConfig(tokens=300_000), seed=0, progress=Progress())
+    layers = list(range(model.n_layers))
+    saes = train_saes(model, both, layers, SAEConfig(tokens=300_000), seed=0, progress=Progress())
     selection = select(model, saes, forget, retain, SelectConfig(layer=LAYER), probe=None, seed=0, progress=Progress())
     config = SSPUConfig(steps=100, batch=8, max_length=128)
     erasure = SSPU().unlearn(
