@@ -192,7 +192,7 @@ def training_curves(losses: Sequence[Mapping[str, float]]) -> Figure:
         elif min(everything) >= 0:
             ax.set_ylim(bottom=0)
         ax.set(title=title, xlabel="step", ylabel=unit)
-        if len(ax.lines) > 1:
+        if len(ax.lines) > 1 or title == "Cost":
             ax.legend()
     if not shown:
         _say(fig, "no losses were recorded")
