@@ -1,13 +1,12 @@
 """How fast SAEs are trained, how good they get, and how that compares with sae_lens and sparsify in the same run.
 
-    python benchmarks/train_saes.py speed capture layers memory architectures
+    python benchmarks/train_saes.py speed capture layers memory
 
 speed          one TopK SAE, 256 → 4096, k = 32, batch 4096: contenders take turns, a few steps each, and all end with
                the same number of steps; tokens/s (median over the turns) and held-out FVU
 capture        activations alone against a bare Hugging Face forward of the same blocks
 layers         four layers of a 6-block, 256-wide model, activations included, against sae_lens's multi-SAE runner
 memory         peak memory of a run over 1 M and over 4 M tokens
-architectures  held-out FVU at equal L0 and tokens on sandbox activations, against sae_lens's trainer
 gpu            2304 → 16384, k = 64 on CUDA: tokens/s and the share of the dense encoder's matmul alone
 
 Peers: sae_lens is a dependency; sparsify is `pip install eai-sparsify` (the `bench` extra). One JSON file a part.
@@ -32,16 +31,16 @@ import torch
 from torch import Tensor
 
 from sae_training import SAEConfig, train_saes
-from sae_training.activations import Shuffle, capturing, positions
+from sae_training.activations import capturing, positions
 from sae_training.processes import Processes
 from sae_training.sparse import CPUOps, TorchOps
 from sae_training.topk import SparseSAE
 from sae_training.train import rate
 from sae_training.workers import Workers
 from saeunlearn.checkpoints import write_json
-from saeunlearn.corpus import Corpus, Window, windows
+from saeunlearn.corpus import Window
 from saeunlearn.models import LanguageModel
-from saeunlearn.progress import ConsoleProgress, Progress
+from saeunlearn.progress import Progress
 
 D, WIDTH, K, BATCH = 256, 16, 32, 4096
 LR = 3e-3
@@ -325,77 +324,6 @@ def memory(_args: argparse.Namespace) -> dict[str, Any]:
     return {**peaks, "growth": second / first - 1}
 
 
-# --- quality --------------------------------------------------------------------------------------------------------
-
-
-def architectures(args: argparse.Namespace) -> dict[str, Any]:
-    """Held-out FVU of each architecture; where sae_lens needs a coefficient, interpolated at our L0."""
-    import sae_lens
-
-    from saeunlearn.sandbox.build import SandboxConfig, WorldConfig, build
-
-    box = build(SandboxConfig(world=WorldConfig(seed=args.world)), ConsoleProgress())
-    model = LanguageModel.open(box.model)
-    both = Corpus(Corpus.load(box.forget).records + Corpus.load(box.retain).records)
-    rest, held_out = both.split(0.1, 0)
-    layer, k, tokens, batch = 2, 16, 300_000, 1024
-    items, tests = windows(rest, model), windows(held_out, model)
-    held = torch.empty(1, sum(map(positions, tests)), model.d_model)
-    capturing(model, tests, [layer])(range(len(tests)), held)
-    m = 8 * model.d_model
-
-    def measured(sae: Any, scale: float) -> tuple[float, float]:
-        with torch.no_grad():
-            z = sae.encode(held[0] * scale)
-            return float((z > 0).sum(-1).double().mean()), fvu(held[0] * scale, sae.decode(z))
-
-    def theirs(kind: str, seed: int, **settings: Any) -> tuple[float, float]:
-        stream = Shuffle(
-            items, capturing(model, items, [layer]), (1, model.d_model), batch, 10**6, seed, CPU, Processes()
-        )
-        scale = math.sqrt(model.d_model) / float(next(stream.from_step(0))[0].norm(dim=-1).mean())
-        torch.manual_seed(seed)
-        config = getattr(sae_lens, f"{kind}TrainingSAEConfig")
-        sae = getattr(sae_lens, f"{kind}TrainingSAE")(
-            config(d_in=model.d_model, d_sae=m, apply_b_dec_to_input=True, **settings)
-        )
-        steps = math.ceil(tokens / batch)
-        data = (h[0] * scale for h in stream.from_step(0))
-        sae = trainer(data, sae, steps, LR, batch).fit()
-        with tempfile.TemporaryDirectory() as folder:
-            sae.save_inference_model(folder)
-            return measured(sae_lens.SAE.load_from_disk(folder), scale)
-
-    kinds: dict[str, tuple[str, dict[str, Any]]] = {
-        "topk": ("TopK", {"k": k}), "batchtopk": ("BatchTopK", {"k": float(k)}),
-        "matryoshka": ("MatryoshkaBatchTopK", {"k": float(k), "matryoshka_widths": [m // 8, m // 4, m // 2, m]}),
-        "relu": ("Standard", {}), "gated": ("Gated", {}),
-        "jumprelu": ("JumpReLU", {
-            "jumprelu_sparsity_loss_mode": "tanh", "jumprelu_init_threshold": 0.1, "jumprelu_bandwidth": 2.0,
-            "jumprelu_ste_to_input": True, "pre_act_loss_coefficient": 3e-6,
-        }),
-    }  # fmt: skip
-    result: dict[str, Any] = {}
-    for name, (kind, settings) in kinds.items():
-        rows = []
-        for seed in args.seeds:
-            config = SAEConfig(architecture=name, k=k, tokens=tokens, batch=batch)  # type: ignore[arg-type]
-            ours = train_saes(model, items, [layer], config, seed=seed, progress=Progress())[layer]
-            l0, mine = measured(ours, 1.0)
-            if settings.get("k"):
-                peer = theirs(kind, seed, **settings)
-            else:
-                coefficient = "l0_coefficient" if name == "jumprelu" else "l1_coefficient"
-                curve = sorted(theirs(kind, seed, **settings, **{coefficient: c}) for c in args.coefficients)
-                peer = l0, float(np.exp(np.interp(math.log(l0), *zip(*[(math.log(max(a, 0.1)), math.log(b))
-                                                                      for a, b in curve]))))  # fmt: skip
-            rows.append({"seed": seed, "l0": l0, "fvu": mine, "sae_lens l0": peer[0], "sae_lens fvu": peer[1]})
-            print(name, rows[-1], flush=True)
-        ratios = [r["fvu"] / r["sae_lens fvu"] for r in rows]
-        result[name] = {"runs": rows, "fvu against sae_lens": [statistics.mean(ratios), min(ratios), max(ratios)]}
-    return result
-
-
 def gpu(args: argparse.Namespace) -> dict[str, Any]:
     if not torch.cuda.is_available():
         raise SystemExit("gpu: there is no CUDA device here")
@@ -430,15 +358,12 @@ def gpu(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parts = {"speed": speed, "capture": capture, "layers": layers, "memory": memory, "architectures": architectures,
+    parts = {"speed": speed, "capture": capture, "layers": layers, "memory": memory,
              "gpu": gpu}  # fmt: skip
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=[*parts, []])
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--steps", type=int, default=20, help="of each contender in each turn")
-    parser.add_argument("--world", type=int, default=0)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--coefficients", type=float, nargs="+", default=[1.0, 4.0, 16.0])
     parser.add_argument("--out", type=Path, default=Path("runs/bench/sae_training"))
     parser.add_argument("--memory-run", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -446,7 +371,7 @@ def main() -> None:
         memory_run(args.memory_run)
         return
     args.out.mkdir(parents=True, exist_ok=True)
-    for name in args.parts or ["speed", "capture", "layers", "memory", "architectures"]:
+    for name in args.parts or ["speed", "capture", "layers", "memory"]:
         result = parts[name](args)
         write_json(args.out / f"{name}.json", result)
         print(name, result, flush=True)

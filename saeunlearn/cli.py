@@ -11,6 +11,7 @@ from typing import Any
 
 from . import __version__
 from .errors import ConfigError, SaeunlearnError
+from .options import further_settings, named_files, whole_numbers
 from .terminal import (
     json_or_empty,
     layer_lines,
@@ -186,29 +187,6 @@ def method_settings(args: argparse.Namespace) -> dict[str, Any]:
     return out
 
 
-def further_settings(items: Sequence[str]) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for item in items:
-        name, eq, value = item.partition("=")
-        if not eq:
-            raise ConfigError(f"--set {item}: write NAME=VALUE")
-        try:
-            out[name] = json.loads(value)
-        except ValueError:
-            out[name] = value
-    return out
-
-
-def named_files(items: Sequence[str], option: str) -> dict[str, str]:
-    out = {}
-    for item in items:
-        name, eq, file = item.partition("=")
-        if not eq or not name or not file:
-            raise ConfigError(f"{option} {item}: write NAME=FILE")
-        out[name] = file
-    return out
-
-
 # --- verbs -------------------------------------------------------------------------------------------------
 
 
@@ -270,13 +248,6 @@ def train_saes(args: argparse.Namespace) -> None:
     if rows:
         print(sae_lines(rows))
         print(f"{args.out}: SAEs, quality.json, quality.png")
-
-
-def whole_numbers(text: str, option: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as e:
-        raise ConfigError(f"{option} {text}: write whole numbers, separated by commas") from e
 
 
 def select(args: argparse.Namespace) -> None:

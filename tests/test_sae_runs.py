@@ -54,12 +54,12 @@ def test_every_architecture_learns_keeps_its_aim_and_opens_in_sae_lens(
 ) -> None:
     from sae_lens import SAE
 
-    config = replace(CONFIG, architecture=architecture)
+    config = replace(CONFIG, architecture=architecture, tokens=60_000 if architecture == "relu" else CONFIG.tokens)
     sae = train_saes(llama, TEXTS, [1], config, seed=0, progress=Progress())[1]
     h = slow_positions(llama, windows(TEXTS, llama), [1])[:, 0]
     z = sae.encode(h)
     fvu = float((sae.decode(z) - h).pow(2).sum() / (h - h.mean(0)).pow(2).sum())
-    assert fvu < (0.75 if architecture == "relu" else 0.25)  # L1 shrinks what it finds
+    assert fvu < (0.6 if architecture == "relu" else 0.25)  # L1 shrinks what it finds
     l0 = float((z > 0).sum(-1).double().mean())
     off = 1.3 if architecture in SPARSE else 2.0
     assert config.k / off <= l0 <= config.k * off
@@ -293,7 +293,7 @@ def test_quality_agrees_with_sae_lens(llama: LanguageModel) -> None:
             bridge,
             ActivationScaler(),
             config,
-            exclude_special_tokens=[llama.bos_id],  # type: ignore
+            exclude_special_tokens=[0 if llama.bos_id is None else llama.bos_id],
         )
         close = {
             ours.fvu: 1 - theirs["reconstruction_quality"]["explained_variance"],

@@ -43,7 +43,7 @@ def drawn(n: int, d: int, m: int, seed: int = 0) -> tuple[Tensor, ...]:
     return tuple(torch.randn(s, generator=g) * (1 if i == 0 else d**-0.5) for i, s in enumerate(shapes))
 
 
-def close(got: Tensor, expected: Tensor, tolerance: float = 2e-6) -> None:
+def assert_near(got: Tensor, expected: Tensor, tolerance: float = 2e-6) -> None:
     assert got.shape == expected.shape
     assert float((got - expected).norm()) <= tolerance * float(expected.norm()) + 1e-7
 
@@ -58,7 +58,7 @@ def test_top_k_is_that_of_pytorch(ops: Any, shape: tuple[int, ...]) -> None:
     n, d, m, k = shape
     x, w_enc, b_enc, *_ = drawn(n, d, m)
     a = ops.top_k(x, w_enc, b_enc, k)
-    close(a.dense(m), dense_top_k(x, w_enc, b_enc, k))
+    assert_near(a.dense(m), dense_top_k(x, w_enc, b_enc, k))
     assert int(a.ptr.diff().max()) <= k
     assert float(a.z.min()) > 0
 
@@ -87,7 +87,7 @@ def test_top_k_of_rows_of_any_kind(workers: Workers, seed: int, n: int, m: int, 
 def test_above_finds_everything_above(ops: Any, floor: float) -> None:
     x, w_enc, b_enc, *_ = drawn(40, 16, 333)
     pre = x @ w_enc.T + b_enc
-    close(ops.above(x, w_enc, b_enc, floor).dense(333), torch.where(pre > floor, pre, 0))
+    assert_near(ops.above(x, w_enc, b_enc, floor).dense(333), torch.where(pre > floor, pre, 0))
 
 
 def test_a_narrow_encoder_only_selects(narrow: Any) -> None:
@@ -95,7 +95,7 @@ def test_a_narrow_encoder_only_selects(narrow: Any) -> None:
     a = narrow.top_k(x, w_enc, b_enc, 8)
     pre = torch.relu(x @ w_enc.T + b_enc)
     mine = a.dense(256)
-    close(mine[mine > 0], pre[mine > 0])  # values are those of float32
+    assert_near(mine[mine > 0], pre[mine > 0])  # values are those of float32
     kth = pre.topk(8, dim=-1)[0][:, -1:]
     assert float((kth - torch.where(mine > 0, mine, 9e9).min(-1, keepdim=True)[0]).max()) < 0.05
     assert float(mine.sum() / dense_top_k(x, w_enc, b_enc, 8).sum()) > 0.99
@@ -117,9 +117,9 @@ def test_gradients_are_those_of_the_dense_form(ops: Any, bounds: list[int], aim:
     r, dz, sse = ops.reconstruct(target, a, w_dec, b_dec, bounds, 0.7)
     g_enc, g_dec, g_b = ops.gradients(x, r, a, dz, bounds)
     for got, leaf in zip((g_enc, g_dec, g_b, r[0].sum(0)), leaves):
-        close(got, leaf.grad)
-    close(sse, torch.stack([e.detach().double().pow(2).sum() for e in errors]))
-    close(Active(a.ptr, a.idx, dz).dense(256), z.grad * (a.dense(256) > 0))
+        assert_near(got, leaf.grad)
+    assert_near(sse, torch.stack([e.detach().double().pow(2).sum() for e in errors]))
+    assert_near(Active(a.ptr, a.idx, dz).dense(256), z.grad * (a.dense(256) > 0))
 
 
 def test_unit_form_and_its_chain_rule(ops: Any) -> None:
@@ -129,15 +129,15 @@ def test_unit_form_and_its_chain_rule(ops: Any) -> None:
     form = (n * leaves[0], n.flatten() * leaves[1], leaves[2] / n)
     got = ops.unit_form(w_enc, b_enc, w_dec)
     for a, b in zip(got, form):
-        close(a, b.detach())
+        assert_near(a, b.detach())
     z = torch.relu(x @ w_enc.T + b_enc)
-    close(torch.relu(x @ got[0].T + got[1]) @ got[2], z @ w_dec)  # the same reconstruction
+    assert_near(torch.relu(x @ got[0].T + got[1]) @ got[2], z @ w_dec)  # the same reconstruction
     grads = [drawn(*f.shape, 1)[0] if f.dim() > 1 else drawn(1, len(f), 1)[0][0] for f in form]
     torch.autograd.backward(form, grads)
     given = [g.clone() for g in grads]
     square = ops.chain(w_enc, b_enc, w_dec, *given)
     for a, leaf in zip(given, leaves):
-        close(a, leaf.grad)
+        assert_near(a, leaf.grad)
     assert abs(square - sum(float(leaf.grad.pow(2).sum()) for leaf in leaves)) < 1e-4 * square
 
 
@@ -154,8 +154,8 @@ def test_adam_is_that_of_pytorch(ops: Any, shape: tuple[int, ...]) -> None:
         optimiser.step()
         ops.adam(p, grad.clone(), m, v, 0.01, step, 0.3)
         adam(alone[0], grad.clone(), alone[1], alone[2], 0.01, step, 0.3)
-    close(p, theirs.detach())
-    close(alone[0], theirs.detach())
+    assert_near(p, theirs.detach())
+    assert_near(alone[0], theirs.detach())
 
 
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk", "matryoshka"])
@@ -194,10 +194,10 @@ def test_a_step_is_that_of_sae_lens(ops: Any, architecture: str) -> None:
         mse, active = ours.step(x, 48, 0.01)
         assert abs(mse - out.losses["mse_loss"].item()) < 1e-4 * mse
         assert active == float((out.feature_acts > 0).sum()) / 48
-    close(s["w_enc"].T, theirs.W_enc.detach(), 1e-4)
-    close(s["w_dec"], theirs.W_dec.detach(), 1e-4)
-    close(s["b_enc"], theirs.b_enc.detach(), 1e-3)
-    close(s["b_dec"], theirs.b_dec.detach(), 1e-4)
+    assert_near(s["w_enc"].T, theirs.W_enc.detach(), 1e-4)
+    assert_near(s["w_dec"], theirs.W_dec.detach(), 1e-4)
+    assert_near(s["b_enc"], theirs.b_enc.detach(), 1e-3)
+    assert_near(s["b_dec"], theirs.b_dec.detach(), 1e-4)
 
 
 def test_the_number_of_threads_does_not_change_the_result() -> None:
