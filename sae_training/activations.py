@@ -12,10 +12,11 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from saeunlearn.corpus import Window, batches
+from saeunlearn.corpus import Corpus, Window, batches, windows
 from saeunlearn.errors import NonFiniteError
 from saeunlearn.models import LanguageModel
 
+from .config import SAEConfig
 from .processes import Processes
 
 FORWARD_TOKENS = 8192  # padded tokens of one forward pass
@@ -27,6 +28,30 @@ Capture = Callable[[Sequence[int], Tensor], None]
 def positions(window: Window) -> int:
     """Positions that count: all but the first, which is BOS or the attention sink in its place."""
     return len(window.ids) - 1
+
+
+def text_windows(corpus: Corpus, model: LanguageModel, config: SAEConfig) -> list[Window]:
+    """The windows that SAEs read: one record or a part of it each, or with `pack` rows full of records.
+
+    Records in a row are parted by the tokenizer's end-of-text token where it has one. Raises CorpusError.
+    """
+    items = windows(corpus, model, config.context)
+    if not config.pack:
+        return items
+    first = 0 if model.bos_id is None else 1
+    end = [] if model.tokenizer.eos_token_id is None else [model.tokenizer.eos_token_id]
+    ids: list[int] = []
+    for at, w in enumerate(items):
+        ids += [*(end if at and w.record != items[at - 1].record else []), *w.ids[first:]]
+    return full_rows(ids, model, config.context)
+
+
+def full_rows(ids: Sequence[int], model: LanguageModel, context: int | None) -> list[Window]:
+    """Token ids cut into windows of the context's length, each with BOS where the model has one."""
+    bos = [] if model.bos_id is None else [model.bos_id]
+    step = min(context or model.max_length, model.max_length) - len(bos)
+    parts = [(*bos, *ids[at : at + step]) for at in range(0, len(ids), step)]
+    return [Window(part, 1, i) for i, part in enumerate(parts) if len(part) > 1]
 
 
 def capturing(model: LanguageModel, items: Sequence[Window], layers: Sequence[int]) -> Capture:

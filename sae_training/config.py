@@ -31,6 +31,7 @@ class SAEConfig:
     buffer: int | None = None  # positions held in memory for shuffling; None: what fits into 1 GiB
     context: int | None = None  # tokens in a row at most; None: the model's context
     encoder_dtype: Literal["float32", "bfloat16"] = "float32"  # top-k family: of the dense pass that selects features
+    pack: bool = False  # join records to rows of full length; off: short ones stay alone, where the model knows them
     drop_outliers: bool = False  # leave out positions with a norm above 10 × the median (attention sinks)
 
     @property

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cached_property
-from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 # For a partner that neither answers nor closes its connection. gloo notices a dead one by its connection, so that the
@@ -38,17 +37,11 @@ class Processes:
         """Does this process write files and say what happens?"""
         return self.rank == 0
 
-    @cached_property
-    def _distributed(self) -> Any:
-        import torch.distributed
-
-        return torch.distributed
-
     def sum(self, tensors: list[Tensor]) -> None:
         """Add up each tensor over all processes, in place and in float32."""
         if self.count > 1:
             flat = torch.cat([t.flatten().float() for t in tensors])
-            self._distributed.all_reduce(flat)
+            dist.all_reduce(flat)
             for t, part in zip(tensors, flat.split([t.numel() for t in tensors])):
                 t.copy_(part.view_as(t))
 
@@ -57,13 +50,13 @@ class Processes:
         if self.count == 1:
             return values
         sizes = [torch.zeros(1, dtype=torch.int64, device=values.device) for _ in range(self.count)]
-        self._distributed.all_gather(sizes, torch.tensor([len(values)], device=values.device))
+        dist.all_gather(sizes, torch.tensor([len(values)], device=values.device))
         width = int(max(sizes))
         padded = [values.new_zeros(width) for _ in sizes]
-        self._distributed.all_gather(padded, torch.nn.functional.pad(values, (0, width - len(values))))
+        dist.all_gather(padded, torch.nn.functional.pad(values, (0, width - len(values))))
         return torch.cat([p[: int(n)] for p, n in zip(padded, sizes)])
 
     def wait(self) -> None:
         """Until all processes are here."""
         if self.count > 1:
-            self._distributed.barrier()
+            dist.barrier()

@@ -10,11 +10,12 @@ from typing import Any
 
 from saeunlearn import figures
 from saeunlearn.checkpoints import atomic_folder, write_json
-from saeunlearn.corpus import Corpus, Window, windows
+from saeunlearn.corpus import Corpus, Window
 from saeunlearn.errors import ConfigError, CorpusError, RunError
 from saeunlearn.models import LanguageModel
 from saeunlearn.progress import Progress
 
+from .activations import full_rows, text_windows
 from .config import SAEConfig
 from .processes import Processes
 from .quality import quality
@@ -55,7 +56,7 @@ def produce(
     if checkpoint.exists() and not resume:
         raise RunError(f"{checkpoint} is an unfinished run: go on with --resume, or remove it to begin anew")
     check(model, layers, configs)
-    train, held = split(model, sources, configs[0].context, seed)
+    train, held = split(model, sources, configs[0], seed)
     track, end = start_tracker(tracker, out, processes)
     trained = train_saes(
         model, train, layers, configs, seed=seed, progress=progress, checkpoint=checkpoint, cache=cache,
@@ -78,7 +79,7 @@ def produce(
     return rows
 
 
-def split(model: LanguageModel, sources: Sequence[str | Path], context: int | None, seed: int
+def split(model: LanguageModel, sources: Sequence[str | Path], config: SAEConfig, seed: int
           ) -> tuple[list[Window], list[Window]]:  # fmt: skip
     """(windows to train on, held-out windows) of text and token sources together."""
     train: list[Window] = []
@@ -86,7 +87,7 @@ def split(model: LanguageModel, sources: Sequence[str | Path], context: int | No
     texts: list[Corpus] = []
     for source in sources:
         if str(source).endswith(".safetensors"):
-            rows = token_windows(Path(source), model, context)
+            rows = token_windows(Path(source), model, config.context)
             n = min(max(1, round(HELD_OUT * len(rows))), HELD_OUT_RECORDS)
             if len(rows) < 2:
                 raise CorpusError(f"{source} fills one window only: some must be held out to measure quality")
@@ -97,8 +98,8 @@ def split(model: LanguageModel, sources: Sequence[str | Path], context: int | No
     if texts:
         both = Corpus(tuple(r for c in texts for r in c), "+".join(c.name for c in texts))
         rest, part = both.split(min(HELD_OUT, HELD_OUT_RECORDS / len(both)), seed)
-        train += windows(rest, model, context)
-        held += windows(part, model, context)
+        train += text_windows(rest, model, config)
+        held += text_windows(part, model, config)
     return train, held
 
 
@@ -119,16 +120,11 @@ def token_windows(file: Path, model: LanguageModel, context: int | None = None) 
         raise CorpusError(f"{file}: tokens must be whole numbers [n] or [rows, n], not {shape}")
     if int(tokens.min()) < 0 or int(tokens.max()) >= model.d_vocab:
         raise CorpusError(f"{file}: token ids run to {int(tokens.max())}, {model.name} has {model.d_vocab}")
-    limit = min(context or model.max_length, model.max_length)
-    bos = [] if model.bos_id is None else [model.bos_id]
-    out: list[Window] = []
+    bos, out = model.bos_id, []
     number = list(range(model.d_vocab))  # one object for each id, or a large file would fill the memory with them
     for row in tokens.view(1, -1) if tokens.dim() == 1 else tokens:
         ids = [number[i] for i in row.tolist()]
-        ids = ids[1:] if bos and ids[0] == bos[0] else ids
-        step = limit - len(bos)
-        parts = [tuple(bos + ids[at : at + step]) for at in range(0, len(ids), step)]
-        out += [Window(part, 1, len(out) + i) for i, part in enumerate(parts) if len(part) > 1]
+        out += full_rows(ids[1:] if bos is not None and ids[0] == bos else ids, model, context)
     if not out:
         raise CorpusError(f"{file} holds no row of two tokens")
     return out

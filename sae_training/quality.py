@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +48,7 @@ def quality(model: LanguageModel, saes: Mapping[int, Any], items: Sequence[Windo
     Raises SAEMismatchError for SAEs that do not fit, NonFiniteError for NaN or infinity.
     """
     stats = feature_stats(model, saes, items, progress, "SAE quality: reconstruction")
-    sums: dict[str, list[float]] = {}
+    total: dict[str, float] = defaultdict(float)
     size = max(1, min(4096, MAX_LOGITS // model.d_vocab))
     groups = list(batches(items, model.pad_id, max_tokens=size))
     progress.start("SAE quality: predictions", len(groups))
@@ -60,8 +61,8 @@ def quality(model: LanguageModel, saes: Mapping[int, Any], items: Sequence[Windo
 
         logits = model.logits(b.ids, b.attention_mask)
         original = F.log_softmax(logits[b.mask], dim=-1)
-        _add(sums, "ce", cross_entropy(logits))
-        _add(sums, "tokens", float(follows.sum()))
+        total["ce"] += cross_entropy(logits)
+        total["tokens"] += float(follows.sum())
         for layer, sae in saes.items():
 
             def through(h: Tensor, sae: Any = sae, mask: Tensor = b.mask) -> Tensor:
@@ -70,13 +71,12 @@ def quality(model: LanguageModel, saes: Mapping[int, Any], items: Sequence[Windo
             with model.patch({layer: through}):
                 logits = model.logits(b.ids, b.attention_mask)
             new = F.log_softmax(logits[b.mask], dim=-1)
-            _add(sums, f"kl{layer}", float(F.kl_div(new, original, log_target=True, reduction="sum")))
-            _add(sums, f"sae{layer}", cross_entropy(logits))
+            total[f"kl{layer}"] += float(F.kl_div(new, original, log_target=True, reduction="sum"))
+            total[f"sae{layer}"] += cross_entropy(logits)
             with model.patch({layer: torch.zeros_like}):
-                _add(sums, f"none{layer}", cross_entropy(model.logits(b.ids, b.attention_mask)))
+                total[f"none{layer}"] += cross_entropy(model.logits(b.ids, b.attention_mask))
         progress.step()
     progress.finish()
-    total = {name: sum(values) for name, values in sums.items()}
     out = []
     for layer, s in stats.items():
         ce, sae_ce, none = (total[n] / max(total["tokens"], 1) for n in ("ce", f"sae{layer}", f"none{layer}"))
@@ -91,7 +91,3 @@ def quality(model: LanguageModel, saes: Mapping[int, Any], items: Sequence[Windo
             )
         )  # fmt: skip
     return out
-
-
-def _add(sums: dict[str, list[float]], name: str, value: float) -> None:
-    sums.setdefault(name, []).append(value)

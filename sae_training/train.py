@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from saeunlearn import __version__
-from saeunlearn.corpus import Corpus, Window, windows
+from saeunlearn.corpus import Corpus, Window
 from saeunlearn.errors import Cancelled, ConfigError, NonFiniteError
 from saeunlearn.models import LanguageModel
 from saeunlearn.progress import Progress
 
-from .activations import Shuffle, capturing
+from .activations import Shuffle, capturing, text_windows
 from .cache import cached
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import SPARSE, SAEConfig
@@ -33,7 +33,7 @@ from .workers import Workers
 MEMORY_BYTES = 2**30  # of activations held for shuffling where `buffer` does not say it
 CHECKPOINT_SECONDS = 60.0
 OUTLIER = 10.0  # times the median norm
-SHARED = ("tokens", "batch", "buffer", "context", "drop_outliers")  # settings of the stream that all SAEs read
+SHARED = ("tokens", "batch", "buffer", "context", "pack", "drop_outliers")  # settings of the stream that all SAEs read
 
 
 @dataclass
@@ -75,7 +75,7 @@ def train_saes(
     many = [configs] if isinstance(configs, SAEConfig) else list(configs)
     check(model, layers, many)
     processes = processes or Processes()
-    items = windows(corpus, model, many[0].context) if isinstance(corpus, Corpus) else list(corpus)
+    items = text_windows(corpus, model, many[0]) if isinstance(corpus, Corpus) else list(corpus)
     data = corpus.fingerprint() if isinstance(corpus, Corpus) else _fingerprint(items)
     made = {"saeunlearn": __version__, "seed": seed, "layers": list(layers), "torch": torch.__version__,
             "model_fingerprint": model.fingerprint(), "corpus_fingerprint": data,

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import D_MODEL
-from streams import DISTINCT, slow_positions
+from streams import DISTINCT, TEXTS, slow_positions
 from torch import Tensor
 
-from sae_training.activations import Shuffle, capturing, positions
+from sae_training.activations import Shuffle, capturing, positions, text_windows
 from sae_training.cache import cached
+from sae_training.config import SAEConfig
 from sae_training.processes import Processes
 from saeunlearn.corpus import Window, windows
 from saeunlearn.errors import ConfigError, NonFiniteError, RunError
@@ -212,3 +213,18 @@ def test_foreign_and_damaged_caches_are_refused(llama: LanguageModel, tmp_path: 
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     with pytest.raises(RunError, match="not empty"):
         from_cache(llama, tmp_path / "full")
+
+
+def test_packed_rows_hold_the_whole_text_in_order(llama: LanguageModel) -> None:
+    config = SAEConfig(context=16, pack=True)
+    rows = text_windows(TEXTS, llama, config)
+    assert all(len(w.ids) == 16 for w in rows[:-1])
+    assert all(w.ids[0] == llama.bos_id for w in rows)
+    end = llama.tokenizer.eos_token_id
+    joined = [i for w in rows for i in w.ids[1:]]
+    texts = [list(w.ids[1:]) for w in windows(TEXTS, llama)]
+    wanted = texts[0] + [i for t in texts[1:] for i in ([end] if end is not None else []) + t]
+    assert joined == wanted
+    plain = text_windows(TEXTS, llama, SAEConfig(context=16))
+    assert plain == windows(TEXTS, llama, 16)
+    assert len(rows) < len(plain)

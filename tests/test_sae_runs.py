@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -335,7 +336,7 @@ def test_produce_writes_everything_and_goes_on(llama: LanguageModel, tmp_path: P
     assert sorted(load_saes(out / "topk-x4-k8")) == LAYERS
     with pytest.raises(SAEMismatchError, match="topk-x4-k8"):
         load_saes(out)
-    train, _ = split(llama, sources, None, 0)
+    train, _ = split(llama, sources, CONFIG, 0)
     alone = train_saes(llama, train, LAYERS, configs, seed=0, progress=Progress())
     assert all(same(alone[n], load_saes(out / c.label)) for n, c in enumerate(configs))
     assert not list(tmp_path.glob(".saes*"))
@@ -346,7 +347,7 @@ def test_held_out_text_is_not_trained_on(llama: LanguageModel, tmp_path: Path) -
     texts.write_text("\n".join(r.text for r in TEXTS))
     tokens = torch.arange(4 * 600).reshape(100, 24) % (llama.d_vocab - 5) + 5
     save_file({"tokens": tokens}, tmp_path / "tokens.safetensors")
-    train, held = split(llama, [texts, tmp_path / "tokens.safetensors"], None, 0)
+    train, held = split(llama, [texts, tmp_path / "tokens.safetensors"], CONFIG, 0)
     assert not {w.ids for w in train} & {w.ids for w in held}
     assert len(held) >= 5
 
@@ -377,7 +378,57 @@ BAD_TOKENS = [
 def test_bad_token_files_are_refused(llama: LanguageModel, tmp_path: Path, tensor: torch.Tensor, message: str) -> None:
     save_file({"tokens": tensor}, tmp_path / "t.safetensors")
     with pytest.raises(CorpusError, match=message):
-        split(llama, [tmp_path / "t.safetensors"], None, 0)
+        split(llama, [tmp_path / "t.safetensors"], CONFIG, 0)
     (tmp_path / "t.safetensors").write_text(textwrap.dedent("not tensors"))
     with pytest.raises(CorpusError, match="token file"):
         token_windows(tmp_path / "t.safetensors", llama)
+
+
+@pytest.mark.parametrize(("name", "message"), [("nonesuch", "unknown tracker"), ("trackio", "pip install trackio")])
+def test_a_tracker_that_is_not_there_is_refused_before_training(
+    llama: LanguageModel, tmp_path: Path, name: str, message: str
+) -> None:
+    if importlib.util.find_spec(name):
+        pytest.skip(f"{name} is installed here")
+    (tmp_path / "texts.txt").write_text("\n".join(r.text for r in TEXTS))
+    events: list[dict[str, Any]] = []
+    with pytest.raises(ConfigError, match=message):
+        produce(llama, [tmp_path / "texts.txt"], LAYERS, [CONFIG], tmp_path / "saes", seed=0,
+                progress=Progress(events.append), tracker=name)  # fmt: skip
+    assert events == []
+
+
+@pytest.mark.slow
+def test_a_tracker_gets_the_reports(llama: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    (tmp_path / "texts.txt").write_text("\n".join(r.text for r in TEXTS))
+    seen: list[dict[str, float]] = []
+    from accelerate.tracking import WandBTracker
+
+    log = WandBTracker.log
+    monkeypatch.setattr(WandBTracker, "log", lambda self, values, **kw: (seen.append(values), log(self, values, **kw)))
+    produce(llama, [tmp_path / "texts.txt"], LAYERS, [replace(CONFIG, tokens=2_000)], tmp_path / "saes", seed=0,
+            progress=Progress(), tracker="wandb")  # fmt: skip
+    assert seen
+    assert all(isinstance(v, float) for values in seen for v in values.values())
+    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+
+
+@pytest.mark.slow
+def test_accelerate_launch_runs_the_command(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("\n".join(r.text for r in TEXTS))
+    command = ["-m", "saeunlearn.cli", "train-saes", "--model", str(checkpoints("llama")), "--corpus",
+               str(tmp_path / "texts.txt"), "--layers", "1", "--expansion", "4", "--k", "8", "--tokens", "2000",
+               "--set", "batch=128", "--device", "cpu"]  # fmt: skip
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1",
+                "--cpu", "--mixed_precision", "no", "--dynamo_backend", "no",
+                "--main_process_port", str(free_port())]  # fmt: skip
+    losses = []
+    for start in ([sys.executable], launcher):
+        out = tmp_path / f"saes-{len(losses)}"
+        done = subprocess.run([*start, *command, "--out", str(out)], capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr[-2000:]
+        losses.append(json.loads((out / "quality.json").read_text())["saes"][0]["fvu"])
+    assert losses[0] == pytest.approx(losses[1], rel=5e-3)
