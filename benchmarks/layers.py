@@ -30,12 +30,13 @@ from saeunlearn.checkpoints import write_json
 from saeunlearn.corpus import Corpus, windows
 from saeunlearn.evaluation.evaluate import group_of
 from saeunlearn.evaluation.metrics import multiple_choice
-from saeunlearn.features.selection import SelectConfig, Selection
+from saeunlearn.features.selection import ProbeResult, SelectConfig, Selection
+from saeunlearn.features.selection import select as choose_layer
 from saeunlearn.losses import mean_loss, token_losses
 from saeunlearn.methods.deltas import attached
-from saeunlearn.methods.sspu import SSPUConfig, fit, prepare
+from saeunlearn.methods.sspu import SSPUConfig, fit, prepare, probe_layer
 from saeunlearn.models import LanguageModel
-from saeunlearn.pipeline import choose, settings_of
+from saeunlearn.pipeline import settings_of
 from saeunlearn.progress import ConsoleProgress, Progress
 from saeunlearn.sandbox.build import DEMO_SELECT, DEMO_SETTINGS
 
@@ -105,13 +106,17 @@ def real(data: Path, out: Path, run_seed: int) -> dict[str, Any]:
 def compare(name: str, model: LanguageModel, saes: Any, forget: Corpus, retain: Corpus, select: dict[str, Any],
             settings: SSPUConfig, seed: int, point: Any, cost: float) -> dict[str, Any]:  # fmt: skip
     """The automatic choice with its table, and every layer's gain at equal cost."""
-    chosen = choose(model, saes, forget, retain, SelectConfig(**select), settings, seed, Progress())
+    candidates: dict[int, Selection] = {}
+
+    def probe(candidate: Selection) -> ProbeResult:
+        candidates[candidate.layer] = candidate
+        return probe_layer(model, forget, retain, settings, candidate, saes, seed, Progress())
+
+    chosen = choose_layer(model, saes, forget, retain, SelectConfig(**select), probe=probe, seed=seed,
+                          progress=Progress())  # fmt: skip
     items: dict[int, np.ndarray] = {}
     curves: dict[int, Any] = {}
-    for row in chosen.layers:
-        layer = row["layer"]
-        config = SelectConfig(**select, layer=layer)
-        selection: Selection = choose(model, saes, forget, retain, config, settings, seed, Progress())
+    for layer, selection in candidates.items():
         run = prepare(model, forget, retain, settings, selection, saes, seed)
         fit(run, Progress())
         curve = []

@@ -28,7 +28,7 @@ from toys import (
 
 from saeunlearn.corpus import windows
 from saeunlearn.errors import ConfigError, NonFiniteError, SAEMismatchError, SelectionError
-from saeunlearn.features.gate import RIDGE, Gate, fit_gates, logistic, telling, topic_tokens
+from saeunlearn.features.gate import RIDGE, Gate, fit_gates, logistic, telling, topic_votes
 from saeunlearn.features.scores import choose_features, feature_stats
 from saeunlearn.features.selection import (
     ProbeResult,
@@ -315,7 +315,7 @@ def test_open_is_activity_above_the_threshold() -> None:
 
 
 @torch.no_grad()
-def test_topic_tokens_are_those_at_which_half_of_the_gates_are_open(model: LanguageModel) -> None:
+def test_topic_votes_are_the_share_of_open_gates(model: LanguageModel) -> None:
     saes = {i: exact_sae(i) for i in (0, 1, 2)}
     got = run(model, saes)
     items = windows(DIGITS, model)[:5]
@@ -330,8 +330,10 @@ def test_topic_tokens_are_those_at_which_half_of_the_gates_are_open(model: Langu
             [sum(bool(o) for o in v) for v in zip(*(gates[i].open(saes[i], streams[i])[0, 1:] for i in gates))]
         )
     assert {v for row in votes for v in row} >= {0, 3}
-    assert [t.tolist() for t in topic_tokens(model, saes, gates, items)] == [[v >= 2 for v in row] for row in votes]
-    alone = topic_tokens(model, {1: saes[1]}, gates, items)  # SAEs of the other layers may be missing
+    got_votes = topic_votes(model, saes, gates, items)
+    assert [[round(3 * v) for v in t.tolist()] for t in got_votes] == votes
+    assert float(torch.cat(got_votes).max()) == 1.0
+    alone = topic_votes(model, {1: saes[1]}, gates, items)  # SAEs of the other layers may be missing
     for w, t in zip(items, alone):
         h = model.capture(torch.tensor([w.ids]), [1])[1]
         assert t.tolist() == gates[1].open(saes[1], h)[0, 1:].tolist()

@@ -57,19 +57,19 @@ class FittedGate:
 
 
 @torch.no_grad()
-def topic_tokens(model: LanguageModel, saes: Mapping[int, Any], gates: Mapping[int, Gate], items: Sequence[Window]
-                 ) -> list[Tensor]:  # fmt: skip
-    """Which tokens of forget texts are about the topic: Bool aligned to each `window.ids[1:]`.
+def topic_votes(model: LanguageModel, saes: Mapping[int, Any], gates: Mapping[int, Gate], items: Sequence[Window]
+                ) -> list[Tensor]:  # fmt: skip
+    """Share of the layers whose gate is open at each token of forget texts, aligned to each `window.ids[1:]`.
 
-    Those at which the gates of at least half of the layers are open. One layer's gate misses words of the topic, and
-    opens at others; layers err at different words.
+    One layer's gate misses words of the topic, and opens at others; layers err at different words. So what at least
+    half of them name is about the topic, and what none of them names is not.
     """
     layers = sorted(gates.keys() & saes.keys())
     out = []
     for w in items:
         streams = model.capture(torch.tensor([w.ids], device=model.device), layers)
-        votes = torch.stack([gates[i].open(saes[i], streams[i])[0, 1:] for i in layers]).sum(0)
-        out.append((2 * votes >= len(layers)).cpu())
+        opened = torch.stack([gates[i].open(saes[i], streams[i])[0, 1:] for i in layers])
+        out.append(opened.float().mean(0).cpu())
     return out
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..corpus import Corpus, Window, endless, refuse_overlap, windows
 from ..erasure import Erasure
 from ..errors import ConfigError, ModelError, NonFiniteError
-from ..features.gate import topic_tokens
+from ..features.gate import topic_votes
 from ..features.selection import ProbeResult, Selection, check_selection
 from ..features.subspace import orthonormal_basis, subspaces
 from ..models import LanguageModel, Writer
@@ -130,8 +130,8 @@ def prepare(model: LanguageModel, forget: Corpus, retain: Corpus, config: SSPUCo
     budget.watch("retain", some(windows(held, model, config.max_length), seed), config.max_retain_rise)
     if config.gated:
         sample = some(f_items, seed)
-        topic = topic_tokens(model, saes, selection.gates, sample)
-        budget.watch("other", sample, config.max_other_rise, [~t for t in topic])
+        votes = topic_votes(model, saes, selection.gates, sample)
+        budget.watch("other", sample, config.max_other_rise, [v == 0 for v in votes])
     return SSPURun(
         model=model, config=config, selection=selection, sae=saes[layer], forget=f_items, retain=r_items,
         prefixes=shared_prefixes(f_items, r_items), deltas=new_deltas(writers, bases),
@@ -312,7 +312,7 @@ def probe_layer(
     run = prepare(model, forget, retain, short, candidate, saes, seed)
     fit(run, progress)
     sample = some(run.forget, seed)
-    topic = topic_tokens(model, saes, candidate.gates, sample) if config.gated else None
+    topic = [v >= 0.5 for v in topic_votes(model, saes, candidate.gates, sample)] if config.gated else None
     run.budget.watch("forget", sample, math.inf, topic)
     if "forget" not in run.budget.watches:  # the gates are open nowhere
         return ProbeResult(candidate.layer, 0.0, [])
