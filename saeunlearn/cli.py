@@ -15,6 +15,7 @@ from .options import further_settings, named_files, whole_numbers
 from .terminal import (
     json_or_empty,
     layer_lines,
+    method_lines,
     sae_lines,
     show_erasure,
     show_ledger,
@@ -107,12 +108,15 @@ def build_parser() -> argparse.ArgumentParser:
     add_data(p)
     add_selection(p)
     p.add_argument("--saes", help="ready SAEs (folder, or release:sae_id); default: train them on the data")
+    p.add_argument("--selection", help="selection.json of an earlier run with the same model, data and SAEs")
     p.add_argument("--questions", help="multiple-choice questions to evaluate with")
     p.add_argument("--eval", action="append", default=[], metavar="NAME=FILE", help="further texts to evaluate on")
     p.add_argument("--out", type=Path, required=True, help="run directory; the same command resumes it")
     p.add_argument("--include-text", action="store_true", help="keep samples in the run directory and the report")
     add_method(p)
     add_common(p)
+
+    verb("methods", methods, "what there is to choose from with --method")
 
     p = verb("evaluate", evaluate, "measure a model: multiple choice, cloze, loss, samples")
     p.add_argument("--model", required=True, help="model folder or hub id")
@@ -171,7 +175,7 @@ def add_selection(p: argparse.ArgumentParser) -> None:
 
 
 def add_method(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--method", default="sspu")
+    p.add_argument("--method", default="sspu", help="see `saeunlearn methods` (default sspu)")
     p.add_argument("--form", choices=["hard", "soft"], help="SSPU: exact projection (default) or penalty")
     p.add_argument("--max-retain-rise", type=float, help="rise of the loss on held-out retain text that is allowed")
     p.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any other setting of the method")
@@ -284,13 +288,20 @@ def unlearn(args: argparse.Namespace) -> None:
 
     config = RunConfig(
         model=args.model, forget=args.forget, retain=args.retain, questions=args.questions, saes=args.saes,
-        eval_texts=named_files(args.eval, "--eval"), layers=args.layers, select=selection_settings(args),
+        eval_texts=named_files(args.eval, "--eval"), selection=args.selection, layers=args.layers,
+        select=selection_settings(args),
         method=args.method, settings=method_settings(args), seed=args.seed, device=args.device, dtype=args.dtype,
         include_text=args.include_text,
     )  # fmt: skip
     run = carry_out(config, args.out, ConsoleProgress(), args.command)
     show_result(run)
     print(f"\nNext: saeunlearn apply {run.erasure_dir} {args.model} {args.out / 'model'}")
+
+
+def methods(args: argparse.Namespace) -> None:
+    from .methods import get_method, known_methods
+
+    print(method_lines([get_method(name) for name in known_methods()]))
 
 
 def selection_settings(args: argparse.Namespace) -> dict[str, Any]:

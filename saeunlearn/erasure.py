@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +29,7 @@ from .checkpoints import (
 )
 from .errors import ErasureError, NonFiniteError
 from .models import LanguageModel
-from .parts import PART_KINDS, Part, WeightDelta, base_parameters
+from .parts import Part, WeightDelta, base_parameters, part_kind
 from .stored import fingerprint_tensors, parameter_key
 
 __all__ = ["Erasure", "Handle", "Part", "WeightDelta", "fingerprint_folder", "read_ledger", "unmerge"]
@@ -111,9 +110,7 @@ class Erasure:
             part.check(model)
             if bad := _non_finite(part.tensors()):
                 raise NonFiniteError(f"the {part.kind} {part.spec().get('name', '')} of {method} has {bad}")
-        changed: list[dict[str, Any]] = [
-            {"name": d.name, "count": math.prod(d.stored_shape), "rank": d.rank} for d in _deltas(parts)
-        ]
+        changed = [c for part in parts for c in part.changed()]
         total = sum(p.numel() for p in base_parameters(model).values())
         count = sum(c["count"] for c in changed)
         manifest = {
@@ -192,8 +189,7 @@ class Erasure:
             parts = []
             for entry in entries:
                 kind, file = entry["kind"], str(entry["file"])
-                if kind not in PART_KINDS:
-                    raise ErasureError(f"{folder} has a part of unknown kind {kind!r}; known: {[*PART_KINDS]}")
+                cls_of_part = part_kind(kind)
                 if not _PAYLOAD.fullmatch(file) or not (folder / file).is_file():
                     raise ErasureError(f"{folder} names the payload {file!r}, which is missing or no safetensors")
                 if sha256_file(folder / file) != entry["sha256"]:
@@ -201,7 +197,7 @@ class Erasure:
                 tensors = st.load_file(folder / file)
                 if bad := _non_finite(tensors):
                     raise ErasureError(f"{folder / file} has {bad}")
-                parts.append(PART_KINDS[kind].from_payload(entry["spec"], tensors))
+                parts.append(cls_of_part.from_payload(entry["spec"], tensors))
             erasure = cls(parts, manifest)
             if erasure.id != said:
                 raise ErasureError(f"{folder} is damaged: parts, parent, method or config are not those of its id")

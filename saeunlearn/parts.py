@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -33,6 +35,9 @@ class Part(Protocol):
 
     def apply(self, model: LanguageModel) -> Callable[[], None]:
         """Edit the model in place; the result undoes exactly that."""
+
+    def changed(self) -> list[dict[str, Any]]:
+        """The parameters that it changes: name, count, rank (None: not low-rank). Empty for hooks."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +105,9 @@ class WeightDelta:
             shape = (self.left.shape[0], self.right.shape[1])
         return shape[::-1] if self.transposed else shape
 
+    def changed(self) -> list[dict[str, Any]]:
+        return [{"name": self.name, "count": math.prod(self.stored_shape), "rank": self.rank}]
+
     def delta(self) -> Tensor:
         """ΔW, canonical [d_out, d_in], fp32."""
         if self.left is None or self.right is None:
@@ -145,8 +153,17 @@ class WeightDelta:
         return found
 
 
-# Later kinds (adapter, token, guard, offset) register here.
-PART_KINDS: dict[str, type[Part]] = {WeightDelta.kind: WeightDelta}
+PART_KINDS = {
+    "weight_delta": "saeunlearn.parts:WeightDelta",
+}
+
+
+def part_kind(kind: str) -> type[Part]:
+    """The class of that kind. Raises ErasureError for an unknown one."""
+    if kind not in PART_KINDS:
+        raise ErasureError(f"there is a part of unknown kind {kind!r}; known: {', '.join(PART_KINDS)}")
+    module, _, name = PART_KINDS[kind].partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def base_parameters(model: LanguageModel) -> dict[str, Tensor]:

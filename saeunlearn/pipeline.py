@@ -23,8 +23,8 @@ from .checkpoints import write_json
 from .corpus import Corpus, Record, refuse_overlap
 from .errors import Cancelled, ConfigError, RunError, SAEMismatchError, SaeunlearnError
 from .evaluation.evaluate import combine, evaluate, is_forget
-from .features.selection import ProbeResult, SelectConfig, Selection, check_select, select
-from .methods import get_method
+from .features.selection import ProbeResult, SelectConfig, Selection, check_select, check_selection, select
+from .methods import Method, get_method
 from .models import LanguageModel
 from .progress import Progress
 
@@ -46,7 +46,8 @@ class RunConfig:
     retain: str
     questions: str | None = None  # multiple-choice questions to evaluate with
     eval_texts: Mapping[str, str] = field(default_factory=dict)  # further texts to evaluate on, by name
-    saes: str | None = None  # ready SAEs; None trains them
+    saes: str | None = None  # ready SAEs; None trains them if the method needs any
+    selection: str | None = None  # a selection.json made on this model and data; None selects if the method needs it
     layers: str = "all"  # layers that get an SAE
     sae: Mapping[str, Any] = field(default_factory=dict)  # SAEConfig settings
     select: Mapping[str, Any] = field(default_factory=dict)  # SelectConfig settings
@@ -131,10 +132,10 @@ def unlearn(config: RunConfig, root: str | Path, progress: Progress, command: li
     select_config = settings_of(SelectConfig, config.select, "selection")
     earlier = claim(root, config)
     run = open_run(config, root, progress)
-    check(run, earlier, settings, select_config)
+    check(run, earlier, method, settings, select_config)
     ready = ready_saes(run.model, config.saes, config.layers) if config.saes else None
     with recorded(run, earlier, command):
-        saes = ready or trained_saes(run)
+        saes = ready or (trained_saes(run) if "saes" in method.needs else {})
         selection = get_selection(run, saes, select_config, settings) if "selection" in method.needs else None
         erasure = get_erasure(run, method, settings, selection, saes)
         if not run.evaluation_file.exists():
@@ -172,17 +173,17 @@ def open_run(config: RunConfig, root: Path, progress: Progress) -> Run:
     return Run(root, config, progress, model, forget, retain, questions, texts)
 
 
-def check(run: Run, earlier: Mapping[str, Any], settings: Any, select_config: SelectConfig) -> None:
+def check(run: Run, earlier: Mapping[str, Any], method: Method, settings: Any, select_config: SelectConfig) -> None:
     """Refuse now what would otherwise fail only after the SAEs were trained. Raises the typed errors of the steps."""
     from sae_training import SAEConfig, parse_layers
-
-    from .methods.sspu import check_config
 
     if earlier and any(earlier.get(name) != value for name, value in inputs(run).items()):
         raise RunError(f"the data or the model changed since the run in {run.root} began: choose another --out")
     if taken := sorted({"forget", *retain_groups(run.retain)} & run.texts.keys()):
         raise ConfigError(f"the names {taken} of evaluation texts are taken: choose others")
-    check_config(settings)
+    method.check(run.model, settings)
+    if run.config.selection:
+        Selection.load(run.config.selection)
     run.retain.split(0.2, run.config.seed)  # refuses a retain set that nothing can be held out of
     settings_of(SAEConfig, run.config.sae, "SAE").check(run.model.d_model)
     layers = parse_layers(run.model, run.config.layers)
@@ -282,6 +283,11 @@ def get_selection(run: Run, saes: Mapping[int, Any], select_config: SelectConfig
     """The stored selection or a new one, its probe runs made with the method's own settings."""
     if run.selection_file.exists():
         return Selection.load(run.selection_file)
+    if run.config.selection:
+        selection = Selection.load(run.config.selection)
+        check_selection(selection, run.model, saes)
+        selection.save(run.selection_file)
+        return selection
     selection = choose(run.model, saes, run.forget, run.retain, select_config, settings, run.config.seed, run.progress)
     selection.save(run.selection_file)
     return selection
@@ -289,16 +295,18 @@ def get_selection(run: Run, saes: Mapping[int, Any], select_config: SelectConfig
 
 def choose(model: LanguageModel, saes: Mapping[int, Any], forget: Corpus, retain: Corpus, select_config: SelectConfig,
            settings: Any, seed: int, progress: Progress) -> Selection:  # fmt: skip
-    """`features.selection.select` with SSPU's probe injected."""
-    from .methods.sspu import probe_layer
+    """`features.selection.select` with SSPU's probe injected; methods with other settings get its default ones."""
+    from .methods.sspu import SSPUConfig, probe_layer
+
+    probing = settings if isinstance(settings, SSPUConfig) else SSPUConfig()
 
     def probe(candidate: Selection) -> ProbeResult:
-        return probe_layer(model, forget, retain, settings, candidate, saes, seed, progress)
+        return probe_layer(model, forget, retain, probing, candidate, saes, seed, progress)
 
     return select(model, saes, forget, retain, select_config, probe=probe, seed=seed, progress=progress)
 
 
-def get_erasure(run: Run, method: Any, settings: Any, selection: Selection | None, saes: Mapping[int, Any]) -> Any:
+def get_erasure(run: Run, method: Method, settings: Any, selection: Selection | None, saes: Mapping[int, Any]) -> Any:
     """The stored Erasure or a new one."""
     from .erasure import Erasure
 

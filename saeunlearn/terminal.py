@@ -101,3 +101,12 @@ def json_or_empty(file: Path) -> dict[str, Any]:
     except ValueError as e:
         raise RunError(f"{file} is damaged: {e}") from e
     return content if isinstance(content, dict) else {}
+
+
+def method_lines(methods: Sequence[Any]) -> str:
+    """A paragraph a method: name, kind, what it needs and changes, cost, paper."""
+    out = []
+    for m in methods:
+        needs = f", needs {' and '.join(sorted(m.needs))}" if m.needs else ""
+        out.append(f"{m.name} ({m.kind}{needs})\n  changes: {m.changes}\n  cost: {m.cost}\n  paper: {m.paper}")
+    return "\n".join(out)

@@ -62,6 +62,13 @@ class SSPU:
     name = "sspu"
     Config = SSPUConfig
     needs = frozenset({"saes", "selection"})
+    kind: Literal["weights"] = "weights"
+    changes = "MLP output matrices of a few blocks, inside the span of the relevant features"
+    paper = "Wang et al., EMNLP 2025, arXiv 2505.24428; hard form and gate: ours"
+    cost = "trains up to the chosen layer; probe runs at every shortlisted layer"
+
+    def check(self, model: LanguageModel, config: SSPUConfig) -> None:
+        check_config(config)
 
     def unlearn(
         self, model: LanguageModel, forget: Corpus, retain: Corpus, *, config: SSPUConfig,
