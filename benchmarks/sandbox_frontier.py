@@ -27,7 +27,7 @@ from saeunlearn.evaluation.evaluate import group_of
 from saeunlearn.evaluation.metrics import multiple_choice
 from saeunlearn.features.selection import SelectConfig, Selection
 from saeunlearn.methods.deltas import attached
-from saeunlearn.methods.sspu import SSPUConfig, fit, prepare
+from saeunlearn.methods.sspu import SSPUConfig, fit, prepare, settle
 from saeunlearn.models import LanguageModel
 from saeunlearn.pipeline import choose, settings_of
 from saeunlearn.progress import ConsoleProgress, Progress
@@ -69,7 +69,7 @@ class World:
         """One update, trained, settled and measured; with `curve` at every strength."""
         run = prepare(self.model, self.forget, self.retain, settings, selection, self.saes, seed)
         fit(run, Progress())
-        budget = run.budget.settle(run.deltas)
+        budget = settle(run)
         after = {}
         for scale in SCALES if curve else (1.0,):
             with attached(run.deltas, scale):

@@ -25,7 +25,7 @@ from saeunlearn.features.selection import Selection
 from saeunlearn.features.subspace import principal_angles
 from saeunlearn.methods import METHODS, get_method
 from saeunlearn.methods.deltas import attached
-from saeunlearn.methods.sspu import SSPU, SSPUConfig, fit
+from saeunlearn.methods.sspu import SSPU, SSPUConfig, fit, settle
 from saeunlearn.models import LanguageModel
 from saeunlearn.progress import Progress
 
@@ -172,7 +172,7 @@ def test_applied_attached_merged_and_exported_agree(lm: LanguageModel, arch_path
         run = prepared(lm)  # the same run, step by step
         with torch.enable_grad():
             fit(run, Progress())
-        run.budget.settle(run.deltas)
+        settle(run)
         with attached(run.deltas):
             assert same_logits(lm.logits(IDS), applied)
             there = lm.capture(IDS, [LAYER])[LAYER]

@@ -53,6 +53,12 @@ class Method(Protocol):
 
 METHODS = {
     "sspu": "saeunlearn.methods.sspu:SSPU",
+    "ga": "saeunlearn.methods.ga:GA",
+    "graddiff": "saeunlearn.methods.graddiff:GradDiff",
+    "kl": "saeunlearn.methods.kl:KL",
+    "npo": "saeunlearn.methods.npo:NPO",
+    "npo-lora": "saeunlearn.methods.npo:LowRankNPO",
+    "simnpo": "saeunlearn.methods.simnpo:SimNPO",
 }
 
 

@@ -1,10 +1,14 @@
-"""The retention budget: how much worse a held-out part of the retain set may get before a run ends."""
+"""The retention budget: how much worse a held-out part of the retain set may get before a run ends.
+
+An edit under a budget is a function: `edit(scale)` is a context within which the model computes with that share of it.
+"""
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +18,8 @@ from ..corpus import Window
 from ..errors import ConfigError, NonFiniteError
 from ..losses import mean_loss, token_losses
 from ..models import LanguageModel
-from .deltas import Delta, attached
+
+Edit = Callable[[float], AbstractContextManager[object]]
 
 MAX_TOKENS = 10_000  # of each text that a check reads
 MAX_FACTOR = 64.0  # on the retain weight
@@ -37,10 +42,10 @@ class Watch:
 
 @dataclass
 class Budget:
-    """Watches relative rises of losses while deltas train, and finds the strength that they allow.
+    """Watches relative rises of losses while an edit is trained, and finds the strength that they allow.
 
-    `check` tightens or relaxes `factor`, by which a method multiplies its retain weight; `settle` scales what was
-    learned to the strength that the limits allow. `watches` holds "retain" and maybe others.
+    `check` tightens or relaxes `factor`, by which a method multiplies its retain weight; `settle` finds the scale
+    that the limits allow. `watches` holds "retain" and maybe others.
     """
 
     model: LanguageModel
@@ -55,10 +60,10 @@ class Budget:
         if counted is None or any(bool(c.any()) for c in counted):
             self.watches[name] = Watch(items, counted, limit, _loss(self.model, items, counted))
 
-    def measure_rises(self, deltas: Sequence[Delta], scale: float = 1.0) -> dict[str, float]:
-        """Relative rise of each watched loss with the deltas attached; infinite where a loss is not finite."""
+    def measure_rises(self, edit: Edit, scale: float = 1.0) -> dict[str, float]:
+        """Relative rise of each watched loss with that share of the edit; infinite where a loss is not finite."""
         rises = {}
-        with attached(deltas, scale):
+        with edit(scale):
             for name, w in self.watches.items():
                 try:
                     rises[name] = _loss(self.model, w.items, w.counted) / w.base - 1
@@ -70,9 +75,9 @@ class Budget:
         """The largest rise as a share of its limit."""
         return max(rises[n] / w.limit for n, w in self.watches.items())
 
-    def check(self, deltas: Sequence[Delta]) -> dict[str, float]:
+    def check(self, edit: Edit) -> dict[str, float]:
         """The present rises. Raises `factor` when one is beyond its limit, and lets it sink when there is room."""
-        rises = self.measure_rises(deltas)
+        rises = self.measure_rises(edit)
         if self.used(rises) > 1:
             self.factor = min(self.factor * 1.5, MAX_FACTOR)
         elif self.used(rises) < 0.5:
@@ -80,18 +85,17 @@ class Budget:
         self.spent = not max(rises.values()) < RUINED
         return rises
 
-    @torch.no_grad()
-    def settle(self, deltas: Sequence[Delta]) -> dict[str, float]:
-        """Scale the deltas in place to the strongest share (at most MAX_SCALE) within all limits; says what it costs.
+    def settle(self, edit: Edit) -> dict[str, float]:
+        """The largest `scale` (at most MAX_SCALE) within all limits, and what it costs.
 
-        Raises ConfigError where not even a hundredth of them keeps the limits.
+        Raises ConfigError where not even a hundredth of the edit keeps the limits.
         """
-        scale, rises = MAX_SCALE, self.measure_rises(deltas, MAX_SCALE)
+        scale, rises = MAX_SCALE, self.measure_rises(edit, MAX_SCALE)
         if not self.used(rises) <= 1:
             scale, high, rises = 0.0, MAX_SCALE, dict.fromkeys(self.watches, 0.0)
             for _ in range(7):
                 middle = (scale + high) / 2
-                there = self.measure_rises(deltas, middle)
+                there = self.measure_rises(edit, middle)
                 if self.used(there) <= 1:
                     scale, rises = middle, there
                 else:
@@ -99,8 +103,6 @@ class Budget:
             if scale == 0:
                 limits = ", ".join(f"{n} {w.limit:.2%}" for n, w in self.watches.items())
                 raise ConfigError(f"no strength of this edit keeps the limits ({limits}): lower lr, or raise them")
-        for d in deltas:
-            d.free.mul_(scale)
         said = {"scale": scale}
         for name, w in self.watches.items():
             said |= {f"{name}_limit": w.limit, f"{name}_rise": rises[name], f"{name}_loss_before": w.base}

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Literal, get_args, get_type_hints
 
 import torch
@@ -89,7 +90,7 @@ class SSPU:
             raise ConfigError("max_retain_rise must be finite: without a budget a run can destroy the model")
         run = prepare(model, forget, retain, config, selection, saes, seed)
         losses = fit(run, progress)
-        extra = {"budget": run.budget.settle(run.deltas), "subspace": subspace_report(run)}
+        extra = {"budget": settle(run), "subspace": subspace_report(run)}
         return Erasure.create(
             model, [d.part() for d in run.deltas], method=self.name, config=asdict(config), seed=seed,
             forget_fingerprint=forget.fingerprint(), retain_fingerprint=retain.fingerprint(),
@@ -242,7 +243,7 @@ def fit(run: SSPURun, progress: Progress) -> list[dict[str, float]]:
         row = {"step": step, "loss": loss.item(), "forget": forget_loss.item(), "retain": retain_loss.item()}
         row |= stream_report(run, moved.detach()[push])
         if (step + 1) % cfg.check_every == 0 or step + 1 == cfg.steps:
-            rises = run.budget.check(run.deltas)
+            rises = run.budget.check(partial(attached, run.deltas))
             row |= {f"{name}_rise": rise for name, rise in rises.items() if math.isfinite(rise)}
         history.append(row)
         figures = {k: v for k, v in row.items() if k == "loss" or k.endswith("_rise")}
@@ -251,6 +252,15 @@ def fit(run: SSPURun, progress: Progress) -> list[dict[str, float]]:
             break
     progress.finish(**{k: v for k, v in history[-1].items() if k == "forget" or k.endswith("_rise")})
     return history
+
+
+@torch.no_grad()
+def settle(run: SSPURun) -> dict[str, float]:
+    """Scale the deltas to the strength that the budget allows, and say what that costs. Raises ConfigError."""
+    said = run.budget.settle(partial(attached, run.deltas))
+    for d in run.deltas:
+        d.free.mul_(said["scale"])
+    return said
 
 
 def outside_part(delta: Delta, u_rel: Tensor) -> Tensor:
@@ -326,7 +336,7 @@ def probe_layer(
     base = run.budget.watches["forget"].base
     curve: list[tuple[float, float, float]] = []
     for s in PROBE_SCALES:
-        rises = run.budget.measure_rises(run.deltas, s)
+        rises = run.budget.measure_rises(partial(attached, run.deltas), s)
         if not all(map(math.isfinite, rises.values())):
             break
         cost = rises["retain"]

@@ -1,0 +1,167 @@
+"""What the methods share that train on next-token losses: settings, the loop, the retention budget."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ..corpus import Batch, Corpus, Window, endless, refuse_overlap, windows
+from ..erasure import Erasure
+from ..errors import ConfigError
+from ..models import LanguageModel
+from ..parts import WeightDelta
+from ..progress import Progress
+from ..training import one_cycle
+from ..updates import Rule, make_update
+from .budget import Budget, some
+from .trainable import Trainable, check_weights, edited, trainable
+
+
+@dataclass(frozen=True)
+class GradientConfig:
+    """Settings that all methods of the gradient family have."""
+
+    weights: str = "lora"  # what is trained: all, lora, or module names such as down_proj,o_proj (papers: all)
+    rank: int = 8  # of the LoRA; its alpha is the same
+    lr: float = 0.01  # AdamW step relative to the root mean square of each weight matrix (papers: 1e-5 absolute)
+    steps: int = 200  # papers: 5 to 10 epochs
+    batch: int = 16  # forget windows and retain windows a step (papers: 32)
+    max_length: int = 256  # tokens in a training window
+    retain_weight: float = 1.0  # of the retain loss against the forget loss (papers: 1)
+    update: Rule = "plain"  # or restricted: gradients that do not hurt the other loss (arXiv 2412.07808)
+    precondition: bool = True  # restricted: measure by Adam's running mean of squares, not by plain gradients
+    max_retain_rise: float = 0.02  # relative rise of the loss on held-out retain records that the result keeps to
+    check_every: int = 25  # steps between checks of the budget
+
+
+POSITIVE = ("rank", "lr", "steps", "batch", "max_retain_rise", "check_every", "beta", "bound")
+NOT_NEGATIVE = ("retain_weight", "gamma", "kl_weight", "nll_weight")
+
+Terms = tuple[Callable[[], Tensor], Callable[[], Tensor]]
+Objective = Callable[[Trainable, Batch, Batch], Terms]
+"""objective(trained, forget batch, retain batch): how to compute the forget loss, and the retain loss unweighted."""
+
+
+def check_gradient(model: LanguageModel, config: Any) -> None:
+    """Raises ConfigError naming the setting that is out of range."""
+    given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    for name in given.keys() & set(POSITIVE):
+        if not (math.isfinite(given[name]) and given[name] > 0):
+            raise ConfigError(f"{name} must be positive and finite, not {given[name]}")
+    for name in given.keys() & set(NOT_NEGATIVE):
+        if not given[name] >= 0:
+            raise ConfigError(f"{name} must not be negative, not {given[name]}")
+    if config.update not in get_args(Rule):
+        raise ConfigError(f"unknown update {config.update!r}; use {' or '.join(get_args(Rule))}")
+    check_weights(model, config.weights, config.rank)
+
+
+class GradientMethod:
+    """A method that is its objective; see `GradientConfig`. A subclass has name, Config, paper, cost, `objective`."""
+
+    name: str
+    Config: type
+    paper: str
+    cost = "whole forward and backward passes over a forget and a retain batch a step"
+    needs: frozenset[str] = frozenset()
+    kind: Literal["weights"] = "weights"
+    changes = "weights of your choice: a LoRA, modules, or all"
+
+    def objective(self, model: LanguageModel, forget: Corpus, config: Any) -> Objective:
+        """The losses; called once, before training."""
+        raise NotImplementedError
+
+    def check(self, model: LanguageModel, config: Any) -> None:
+        """Raises ConfigError naming the setting that is out of range."""
+        check_gradient(model, config)
+
+    def unlearn(
+        self,
+        model: LanguageModel,
+        forget: Corpus,
+        retain: Corpus,
+        *,
+        config: Any,
+        selection: Any = None,
+        saes: Mapping[int, Any] | None = None,
+        seed: int,
+        progress: Progress,
+    ) -> Erasure:
+        """Train under the retention budget and return the Erasure; the model is unchanged.
+
+        Losses use the targets of each text: the answer of a question/answer pair, else all tokens but the first. The
+        budget raises the weight of the retain loss where it is overdrawn, ends a run that ruins the model, and scales
+        the result to the strength that it allows. Raises ConfigError, OverlapError, NonFiniteError, Cancelled.
+        """
+        self.check(model, config)
+        refuse_overlap(forget, retain)
+        kept, held = retain.split(0.2, seed)
+        f_items, r_items = (windows(c, model, config.max_length) for c in (forget, kept))
+        objective = self.objective(model, forget, config)
+        budget = Budget(model)
+        budget.watch("retain", some(windows(held, model, config.max_length), seed), config.max_retain_rise)
+        with trainable(model, config.weights, config.rank, seed) as trained:
+            losses = _fit(trained, budget, f_items, r_items, config, seed, progress, self.name, objective)
+            parts = trained.parts()
+        if not parts:
+            raise ConfigError(f"{self.name} changed nothing: raise lr or steps")
+        said = budget.settle(partial(edited, model, parts))
+        return Erasure.create(
+            model, [scaled(p, said["scale"]) for p in parts], method=self.name, config=asdict(config), seed=seed,
+            forget_fingerprint=forget.fingerprint(), retain_fingerprint=retain.fingerprint(), losses=losses,
+            extra={"budget": said},
+        )  # fmt: skip
+
+
+def _fit(trained: Trainable, budget: Budget, f_items: list[Window], r_items: list[Window], config: Any, seed: int,
+         progress: Progress, name: str, objective: Objective) -> list[dict[str, float]]:  # fmt: skip
+    model = trained.net
+    groups = trained.groups(config.lr)
+    step = make_update(config.update, groups, config.precondition)
+    f_batches = endless(f_items, model.pad_id, config.batch, seed)
+    r_batches = endless(r_items, model.pad_id, config.batch, seed + 1)
+    history: list[dict[str, float]] = []
+    budget = dataclasses.replace(budget, model=model)
+    progress.start(f"{name} ({config.weights})", config.steps)
+    for n in range(config.steps):
+        for group in groups:
+            group["lr"] = group["peak"] * one_cycle(n, config.steps, 0.05)
+        f, r = next(f_batches).to(model.device), next(r_batches).to(model.device)
+        forget_loss, retain_loss = objective(trained, f, r)
+        weight = config.retain_weight * budget.factor
+        value, kept = step(forget_loss, partial(_weighted, retain_loss, weight))
+        row = {"step": n, "forget": value, "retain": kept / weight if weight else 0.0}
+        if (n + 1) % config.check_every == 0 or n + 1 == config.steps:
+            rises = budget.check(lambda _scale: nullcontext())
+            row |= {f"{k}_rise": v for k, v in rises.items() if math.isfinite(v)}
+        history.append(row)
+        progress.step(1, **{k: v for k, v in row.items() if k != "step"})
+        if budget.spent:
+            break
+    progress.finish()
+    return history
+
+
+def _weighted(loss: Callable[[], Tensor], weight: float) -> Tensor:
+    return weight * loss()
+
+
+def scaled(part: WeightDelta, scale: float) -> WeightDelta:
+    """The same change with another strength."""
+    if part.dense is not None:
+        return dataclasses.replace(part, dense=scale * part.dense)
+    assert part.left is not None
+    return dataclasses.replace(part, left=scale * part.left)
+
+
+def nothing() -> Tensor:
+    """The loss of a method that has none."""
+    return torch.zeros(())

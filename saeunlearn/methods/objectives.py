@@ -1,0 +1,69 @@
+"""Losses of the gradient family, over the targets of a batch: the answer of a question/answer pair, else all tokens
+but the first. `now` and `before`: log-probabilities [batch, t] of the targets under the trained and the original model,
+0 elsewhere; `mask` [batch, t] (bool) marks them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..corpus import Batch
+
+
+def target_mask(batch: Batch) -> Tensor:
+    """Bool [batch, positions − 1]: does position t predict a target?"""
+    return batch.targets[:, 1:]
+
+
+def target_log_probs(logits: Tensor, batch: Batch) -> Tensor:
+    """log p of each target [batch, positions − 1], 0 at other positions."""
+    losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.ids[:, 1:].flatten(), reduction="none")
+    return -losses.view_as(batch.ids[:, 1:]) * target_mask(batch)
+
+
+def nll(now: Tensor, mask: Tensor) -> Tensor:
+    """Mean negative log-likelihood (nats) over all targets."""
+    return -now.sum() / mask.sum().clamp_min(1)
+
+
+def ascent(now: Tensor, mask: Tensor, bound: float) -> Tensor:
+    """Gradient ascent, −E min(NLL, bound), NLL in nats a token of each sequence.
+
+    Bounded by truncation (arXiv 2412.07808): a sequence beyond `bound` pulls no further.
+    """
+    each = -now.sum(-1) / mask.sum(-1).clamp_min(1)
+    return -each.clamp_max(bound).mean()
+
+
+def npo(now: Tensor, before: Tensor, mask: Tensor, beta: float, per_token: bool = False) -> Tensor:
+    """Negative preference optimisation, −(2/β) E log σ(−β log(π/π₀)) (arXiv 2404.05868, eq. 3).
+
+    The ratio is that of whole answers; `per_token` takes that of each token instead, as published with 2503.13690.
+    """
+    ratio = (now - before)[mask] if per_token else (now - before).sum(-1)
+    return -2 / beta * F.logsigmoid(-beta * ratio).mean()
+
+
+def simnpo(now: Tensor, mask: Tensor, beta: float, gamma: float) -> Tensor:
+    """SimNPO: length-normalised and without reference, −(2/β) E log σ(−(β/|y|) log π − γ) (arXiv 2410.07163)."""
+    mean = now.sum(-1) / mask.sum(-1).clamp_min(1)
+    return -2 / beta * F.logsigmoid(-beta * mean - gamma).mean()
+
+
+def dpo(wanted: tuple[Tensor, Tensor], unwanted: tuple[Tensor, Tensor], beta: float) -> Tensor:
+    """−(1/β) E log σ(β (log π/π₀ of the wanted answer − that of the unwanted one)); pairs are (now, before).
+
+    Direct preference optimisation (arXiv 2305.18290, eq. 7), over β as NPO's is.
+    """
+    margin = (wanted[0] - wanted[1]).sum(-1) - (unwanted[0] - unwanted[1]).sum(-1)
+    return -1 / beta * F.logsigmoid(beta * margin).mean()
+
+
+def kl(original: Tensor, logits: Tensor, mask: Tensor) -> Tensor:
+    """KL(π₀ ‖ π) over the whole vocabulary, mean (nats) over the positions [batch, positions − 1] of `mask`."""
+    log_p0 = F.log_softmax(original[:, :-1][mask], dim=-1)
+    log_p = F.log_softmax(logits[:, :-1][mask], dim=-1)
+    if not len(log_p):
+        return torch.zeros((), device=logits.device)
+    return F.kl_div(log_p, log_p0, log_target=True, reduction="batchmean")
