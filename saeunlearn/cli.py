@@ -177,6 +177,7 @@ def add_selection(p: argparse.ArgumentParser) -> None:
 def add_method(p: argparse.ArgumentParser) -> None:
     p.add_argument("--method", default="sspu", help="see `saeunlearn methods` (default sspu)")
     p.add_argument("--form", choices=["hard", "soft"], help="SSPU: exact projection (default) or penalty")
+    p.add_argument("--update", choices=["plain", "restricted"], help="restricted: gradients that spare the other loss")
     p.add_argument("--max-retain-rise", type=float, help="rise of the loss on held-out retain text that is allowed")
     p.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any other setting of the method")
 
@@ -184,11 +185,8 @@ def add_method(p: argparse.ArgumentParser) -> None:
 def method_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The method's settings as given. Raises ConfigError for what is not NAME=VALUE."""
     out = further_settings(args.set)
-    if args.form:
-        out["form"] = args.form
-    if args.max_retain_rise is not None:
-        out["max_retain_rise"] = args.max_retain_rise
-    return out
+    named = {n: getattr(args, n) for n in ("form", "update", "max_retain_rise")}
+    return out | {n: v for n, v in named.items() if v is not None}
 
 
 # --- verbs -------------------------------------------------------------------------------------------------

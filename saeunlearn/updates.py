@@ -47,17 +47,25 @@ def _plain(groups: Sequence[dict[str, Any]], joint: bool) -> Step:
         for mine, given in zip(optimiser.param_groups, groups):
             mine["lr"] = given["lr"]
         optimiser.zero_grad(set_to_none=True)
-        values = []
-        for n, loss in enumerate((forget_loss, kept)):
-            value = loss()
-            values.append(finite(value))
-            if value.requires_grad:
-                value.backward(retain_graph=joint and n == 0)
-            del value
+        if joint:
+            pair = forget_loss(), kept()
+            said = finite(pair[0]), finite(pair[1])
+            (pair[0] + pair[1]).backward()
+        else:
+            said = _descend(forget_loss), _descend(kept)
         optimiser.step()
-        return values[0], values[1]
+        return said
 
     return step
+
+
+def _descend(loss: Loss) -> float:
+    """Add the gradients of one loss to those of its parameters."""
+    value = loss()
+    said = finite(value)
+    if value.requires_grad:
+        value.backward()
+    return said
 
 
 def _restricted(groups: Sequence[dict[str, Any]], precondition: bool, joint: bool) -> Step:

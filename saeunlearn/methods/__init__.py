@@ -53,12 +53,15 @@ class Method(Protocol):
 
 METHODS = {
     "sspu": "saeunlearn.methods.sspu:SSPU",
+    "rmu": "saeunlearn.methods.rmu:RMU",
     "ga": "saeunlearn.methods.ga:GA",
     "graddiff": "saeunlearn.methods.graddiff:GradDiff",
     "kl": "saeunlearn.methods.kl:KL",
     "npo": "saeunlearn.methods.npo:NPO",
     "npo-lora": "saeunlearn.methods.npo:LowRankNPO",
     "simnpo": "saeunlearn.methods.simnpo:SimNPO",
+    "crisp": "saeunlearn.methods.crisp:CRISP",
+    "reglu": "saeunlearn.methods.reglu:ReGLU",
 }
 
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from ..corpus import Batch, Corpus
-from ..models import LanguageModel
-from .gradient import GradientConfig, GradientMethod, Objective, Terms, nothing
+from ..corpus import Batch
+from .gradient import GradientConfig, GradientMethod, Objective, Task, Terms, nothing
 from .objectives import ascent, target_log_probs, target_mask
 from .trainable import Trainable
 
@@ -24,7 +22,9 @@ class GA(GradientMethod):
     Config = GAConfig
     paper = "Jang et al., ACL 2023, arXiv 2210.01504"
 
-    def objective(self, model: LanguageModel, forget: Corpus, config: Any) -> Objective:
+    def objective(self, task: Task) -> Objective:
+        config = task.config
+
         def losses(trained: Trainable, f: Batch, _r: Batch) -> Terms:
             return (
                 lambda: ascent(target_log_probs(trained.logits(f), f), target_mask(f), config.bound),

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from ..corpus import Batch, Corpus
-from ..models import LanguageModel
-from .gradient import GradientConfig, GradientMethod, Objective, Terms
+from ..corpus import Batch
+from .gradient import GradientConfig, GradientMethod, Objective, Task, Terms
 from .objectives import ascent, nll, target_log_probs, target_mask
 from .trainable import Trainable
 
@@ -24,7 +22,9 @@ class GradDiff(GradientMethod):
     Config = GradDiffConfig
     paper = "Liu et al., CoLLAs 2022, arXiv 2203.12817; for language models TOFU, arXiv 2401.06121"
 
-    def objective(self, model: LanguageModel, forget: Corpus, config: Any) -> Objective:
+    def objective(self, task: Task) -> Objective:
+        config = task.config
+
         def losses(trained: Trainable, f: Batch, r: Batch) -> Terms:
             return (
                 lambda: ascent(target_log_probs(trained.logits(f), f), target_mask(f), config.bound),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal, get_args
@@ -16,6 +16,7 @@ from torch import Tensor
 from ..corpus import Batch, Corpus, Window, endless, refuse_overlap, windows
 from ..erasure import Erasure
 from ..errors import ConfigError
+from ..features.selection import Selection
 from ..models import LanguageModel
 from ..parts import WeightDelta
 from ..progress import Progress
@@ -26,31 +27,51 @@ from .trainable import Trainable, check_weights, edited, trainable
 
 
 @dataclass(frozen=True)
-class GradientConfig:
-    """Settings that all methods of the gradient family have."""
+class LoopConfig:
+    """Settings of every method that trains by a forget and a retain loss."""
 
-    weights: str = "lora"  # what is trained: all, lora, or module names such as down_proj,o_proj (papers: all)
-    rank: int = 8  # of the LoRA; its alpha is the same
     lr: float = 0.01  # AdamW step relative to the root mean square of each weight matrix (papers: 1e-5 absolute)
     steps: int = 200  # papers: 5 to 10 epochs
-    batch: int = 16  # forget windows and retain windows a step (papers: 32)
+    batch: int = 16  # forget windows and retain windows a step (papers: 4 to 32)
     max_length: int = 256  # tokens in a training window
-    retain_weight: float = 1.0  # of the retain loss against the forget loss (papers: 1)
+    retain_weight: float = 1.0  # of the retain loss against the forget loss
     update: Rule = "plain"  # or restricted: gradients that do not hurt the other loss (arXiv 2412.07808)
-    precondition: bool = True  # restricted: measure by Adam's running mean of squares, not by plain gradients
+    precondition: bool = True  # restricted: measure by a running mean of squared gradients, as Adam, not by plain ones
     max_retain_rise: float = 0.02  # relative rise of the loss on held-out retain records that the result keeps to
     check_every: int = 25  # steps between checks of the budget
 
 
-POSITIVE = ("rank", "lr", "steps", "batch", "max_retain_rise", "check_every", "beta", "bound")
+@dataclass(frozen=True)
+class GradientConfig(LoopConfig):
+    """Settings that all methods of the gradient family have."""
+
+    weights: str = "lora"  # what is trained: all, lora, or module names such as down_proj,o_proj (papers: all)
+    rank: int = 8  # of the LoRA; its alpha is the same
+
+
+POSITIVE = ("rank", "lr", "steps", "batch", "max_retain_rise", "check_every", "beta", "bound", "steering", "blocks")
 NOT_NEGATIVE = ("retain_weight", "gamma", "kl_weight", "nll_weight")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a run is given. `retain` is the part that is trained on; the rest of it is watched by the budget."""
+
+    model: LanguageModel
+    forget: Corpus
+    retain: Corpus
+    config: Any
+    seed: int
+    selection: Selection | None
+    saes: Mapping[int, Any]
+
 
 Terms = tuple[Callable[[], Tensor], Callable[[], Tensor]]
 Objective = Callable[[Trainable, Batch, Batch], Terms]
 """objective(trained, forget batch, retain batch): how to compute the forget loss, and the retain loss unweighted."""
 
 
-def check_gradient(model: LanguageModel, config: Any) -> None:
+def check_loop(config: Any) -> None:
     """Raises ConfigError naming the setting that is out of range."""
     given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     for name in given.keys() & set(POSITIVE):
@@ -61,7 +82,6 @@ def check_gradient(model: LanguageModel, config: Any) -> None:
             raise ConfigError(f"{name} must not be negative, not {given[name]}")
     if config.update not in get_args(Rule):
         raise ConfigError(f"unknown update {config.update!r}; use {' or '.join(get_args(Rule))}")
-    check_weights(model, config.weights, config.rank)
 
 
 class GradientMethod:
@@ -75,13 +95,18 @@ class GradientMethod:
     kind: Literal["weights"] = "weights"
     changes = "weights of your choice: a LoRA, modules, or all"
 
-    def objective(self, model: LanguageModel, forget: Corpus, config: Any) -> Objective:
+    def objective(self, task: Task) -> Objective:
         """The losses; called once, before training."""
         raise NotImplementedError
 
     def check(self, model: LanguageModel, config: Any) -> None:
         """Raises ConfigError naming the setting that is out of range."""
-        check_gradient(model, config)
+        check_loop(config)
+        check_weights(model, config.weights, config.rank)
+
+    def training(self, task: Task) -> AbstractContextManager[Trainable]:
+        """What is trained; the model is as before afterwards."""
+        return trainable(task.model, task.config.weights, task.config.rank, task.seed)
 
     def unlearn(
         self,
@@ -90,8 +115,8 @@ class GradientMethod:
         retain: Corpus,
         *,
         config: Any,
-        selection: Any = None,
-        saes: Mapping[int, Any] | None = None,
+        selection: Selection | None,
+        saes: Mapping[int, Any],
         seed: int,
         progress: Progress,
     ) -> Erasure:
@@ -105,10 +130,11 @@ class GradientMethod:
         refuse_overlap(forget, retain)
         kept, held = retain.split(0.2, seed)
         f_items, r_items = (windows(c, model, config.max_length) for c in (forget, kept))
-        objective = self.objective(model, forget, config)
+        task = Task(model, forget, kept, config, seed, selection, saes)
+        objective = self.objective(task)
         budget = Budget(model)
         budget.watch("retain", some(windows(held, model, config.max_length), seed), config.max_retain_rise)
-        with trainable(model, config.weights, config.rank, seed) as trained:
+        with self.training(task) as trained:
             losses = _fit(trained, budget, f_items, r_items, config, seed, progress, self.name, objective)
             parts = trained.parts()
         if not parts:
@@ -117,7 +143,7 @@ class GradientMethod:
         return Erasure.create(
             model, [scaled(p, said["scale"]) for p in parts], method=self.name, config=asdict(config), seed=seed,
             forget_fingerprint=forget.fingerprint(), retain_fingerprint=retain.fingerprint(), losses=losses,
-            extra={"budget": said},
+            selection=None if selection is None else selection.to_dict(), extra={"budget": said},
         )  # fmt: skip
 
 
@@ -130,7 +156,7 @@ def _fit(trained: Trainable, budget: Budget, f_items: list[Window], r_items: lis
     r_batches = endless(r_items, model.pad_id, config.batch, seed + 1)
     history: list[dict[str, float]] = []
     budget = dataclasses.replace(budget, model=model)
-    progress.start(f"{name} ({config.weights})", config.steps)
+    progress.start(name, config.steps)
     for n in range(config.steps):
         for group in groups:
             group["lr"] = group["peak"] * one_cycle(n, config.steps, 0.05)
@@ -140,7 +166,7 @@ def _fit(trained: Trainable, budget: Budget, f_items: list[Window], r_items: lis
         value, kept = step(forget_loss, partial(_weighted, retain_loss, weight))
         row = {"step": n, "forget": value, "retain": kept / weight if weight else 0.0}
         if (n + 1) % config.check_every == 0 or n + 1 == config.steps:
-            rises = budget.check(lambda _scale: nullcontext())
+            rises = budget.check(trained.edit)
             row |= {f"{k}_rise": v for k, v in rises.items() if math.isfinite(v)}
         history.append(row)
         progress.step(1, **{k: v for k, v in row.items() if k != "step"})

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from ..corpus import Batch, Corpus
-from ..models import LanguageModel
-from .gradient import GradientConfig, GradientMethod, Objective, Terms
+from ..corpus import Batch
+from .gradient import GradientConfig, GradientMethod, Objective, Task, Terms
 from .objectives import ascent, kl, target_log_probs, target_mask
 from .trainable import Trainable
 
@@ -24,7 +22,9 @@ class KL(GradientMethod):
     Config = KLConfig
     paper = "KL minimisation in TOFU, Maini et al., COLM 2024, arXiv 2401.06121"
 
-    def objective(self, model: LanguageModel, forget: Corpus, config: Any) -> Objective:
+    def objective(self, task: Task) -> Objective:
+        config = task.config
+
         def losses(trained: Trainable, f: Batch, r: Batch) -> Terms:
             return (
                 lambda: ascent(target_log_probs(trained.logits(f), f), target_mask(f), config.bound),

@@ -9,9 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..corpus import Batch, Corpus
-from ..models import LanguageModel
-from .gradient import GradientConfig, GradientMethod, Objective, Terms
+from ..corpus import Batch
+from .gradient import GradientConfig, GradientMethod, Objective, Task, Terms
 from .objectives import kl, nll, npo, target_log_probs, target_mask
 from .trainable import Trainable
 
@@ -40,7 +39,9 @@ class NPO(GradientMethod):
     Config: type = NPOConfig
     paper = "Zhang et al., COLM 2024, arXiv 2404.05868"
 
-    def objective(self, model: LanguageModel, forget: Corpus, config: Any) -> Objective:
+    def objective(self, task: Task) -> Objective:
+        config = task.config
+
         def losses(trained: Trainable, f: Batch, r: Batch) -> Terms:
             def forget_loss() -> Any:
                 before = target_log_probs(trained.original_logits(f), f)

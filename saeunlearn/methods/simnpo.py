@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from ..corpus import Batch, Corpus
-from ..models import LanguageModel
-from .gradient import GradientConfig, GradientMethod, Objective, Terms
+from ..corpus import Batch
+from .gradient import GradientConfig, GradientMethod, Objective, Task, Terms
 from .objectives import nll, simnpo, target_log_probs, target_mask
 from .trainable import Trainable
 
@@ -25,7 +23,9 @@ class SimNPO(GradientMethod):
     Config = SimNPOConfig
     paper = "Fan et al., NeurIPS 2025, arXiv 2410.07163"
 
-    def objective(self, model: LanguageModel, forget: Corpus, config: Any) -> Objective:
+    def objective(self, task: Task) -> Objective:
+        config = task.config
+
         def losses(trained: Trainable, f: Batch, r: Batch) -> Terms:
             return (
                 lambda: simnpo(target_log_probs(trained.logits(f), f), target_mask(f), config.beta, config.gamma),

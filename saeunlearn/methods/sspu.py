@@ -21,13 +21,14 @@ from torch import Tensor
 
 from ..corpus import Corpus, Window, endless, refuse_overlap, windows
 from ..erasure import Erasure
-from ..errors import ConfigError, ModelError, NonFiniteError
+from ..errors import ConfigError, ModelError
 from ..features.gate import topic_votes
 from ..features.selection import ProbeResult, Selection, check_selection
 from ..features.subspace import orthonormal_basis, subspaces
 from ..models import LanguageModel, Writer
 from ..progress import Progress
 from ..training import one_cycle
+from ..updates import Rule, make_update
 from .batches import known, shared_prefixes, stacked, with_swapped_tokens
 from .budget import Budget, some
 from .deltas import Delta, attached, frozen, new_deltas
@@ -55,6 +56,8 @@ class SSPUConfig:
     max_retain_rise: float = 0.01  # relative rise of the loss on held-out retain records that the result keeps to
     max_other_rise: float = 0.02  # gated: the same for the words of forget texts that are not about the topic
     check_every: int = 25  # steps between checks of the budget
+    update: Rule = "plain"  # or restricted: gradients that do not hurt the other loss (arXiv 2412.07808)
+    precondition: bool = True  # restricted: measure by a running mean of squared gradients, as Adam, not by plain ones
 
 
 class SSPU:
@@ -151,7 +154,7 @@ def prepare(model: LanguageModel, forget: Corpus, retain: Corpus, config: SSPUCo
 def check_config(config: SSPUConfig) -> None:
     """Raises ConfigError naming the setting that is out of range."""
     kinds = get_type_hints(SSPUConfig)
-    for name in ("form", "basis", "target"):
+    for name in ("form", "basis", "target", "update"):
         if getattr(config, name) not in (options := get_args(kinds[name])):
             raise ConfigError(f"unknown {name} {getattr(config, name)!r}; use {' or '.join(options)}")
     for name in ("steps", "batch", "blocks", "check_every", "gamma", "lr", "max_retain_rise",
@@ -197,8 +200,10 @@ def fit(run: SSPURun, progress: Progress) -> list[dict[str, float]]:
     """
     cfg, model, layer = run.config, run.model, run.selection.layer
     rms = [float(d.writer.weight.detach().float().pow(2).mean().sqrt()) for d in run.deltas]
-    groups = [{"params": [d.free], "lr": cfg.lr * s, "peak": cfg.lr * s} for d, s in zip(run.deltas, rms)]
-    optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
+    groups: list[dict[str, Any]] = [
+        {"params": [d.free], "lr": cfg.lr * s, "peak": cfg.lr * s} for d, s in zip(run.deltas, rms)
+    ]
+    update = make_update(cfg.update, groups, cfg.precondition, joint=True)
     w0 = sum(float(d.writer.weight.detach().float().pow(2).sum()) for d in run.deltas)
     f_batches = endless(run.forget, model.pad_id, cfg.batch, run.seed)
     r_batches = endless(run.retain, model.pad_id, cfg.batch, run.seed + 1)
@@ -206,7 +211,7 @@ def fit(run: SSPURun, progress: Progress) -> list[dict[str, float]]:
     history: list[dict[str, float]] = []
     progress.start(f"SSPU ({cfg.form}) at layer {layer}", cfg.steps)
     for step in range(cfg.steps):
-        for group in optimiser.param_groups:
+        for group in groups:
             group["lr"] = group["peak"] * one_cycle(step, cfg.steps, 0.05)
         f, r = next(f_batches), next(r_batches)
         if cfg.swapped > 0:
@@ -231,16 +236,13 @@ def fit(run: SSPURun, progress: Progress) -> list[dict[str, float]]:
         moved = (after - before) / size
         forget_loss = toward[push].pow(2).sum(-1).mean() if push.any() else zero
         retain_loss = moved[hold].pow(2).sum(-1).mean() if hold.any() else zero
-        loss = forget_loss + cfg.alpha * run.budget.factor * retain_loss
+        kept = cfg.alpha * run.budget.factor * retain_loss
         if cfg.form == "soft":
             outside = sum((outside_part(d, run.u_rel).pow(2).sum() for d in run.deltas), start=zero)
-            loss = loss + cfg.lam * outside / w0
-        if not math.isfinite(loss.item()):
-            raise NonFiniteError(f"the SSPU loss is {loss.item()} at step {step}; lower lr or gamma")
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        optimiser.step()
-        row = {"step": step, "loss": loss.item(), "forget": forget_loss.item(), "retain": retain_loss.item()}
+            kept = kept + cfg.lam * outside / w0
+        update(partial(_given, forget_loss), partial(_given, kept))
+        losses = {"loss": forget_loss + kept, "forget": forget_loss, "retain": retain_loss}
+        row = {"step": step, **{name: value.item() for name, value in losses.items()}}
         row |= stream_report(run, moved.detach()[push])
         if (step + 1) % cfg.check_every == 0 or step + 1 == cfg.steps:
             rises = run.budget.check(partial(attached, run.deltas))
@@ -252,6 +254,10 @@ def fit(run: SSPURun, progress: Progress) -> list[dict[str, float]]:
             break
     progress.finish(**{k: v for k, v in history[-1].items() if k == "forget" or k.endswith("_rise")})
     return history
+
+
+def _given(loss: Tensor) -> Tensor:
+    return loss
 
 
 @torch.no_grad()

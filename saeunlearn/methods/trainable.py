@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +17,11 @@ from torch import Tensor, nn
 
 from ..corpus import Batch
 from ..errors import ConfigError, ModelError
-from ..models import LanguageModel
-from ..parts import WeightDelta
+from ..models import LanguageModel, Writer
+from ..parts import WeightDelta, base_parameters
 from ..stored import parameter_key
+from .budget import Edit
+from .deltas import attached, frozen, new_deltas
 
 
 @dataclass
@@ -33,10 +36,12 @@ class Trainable:
     sizes: list[float]
     original: Callable[[], contextlib.AbstractContextManager[LanguageModel]]
     parts: Callable[[], list[WeightDelta]]
+    edit: Edit = lambda _scale: contextlib.nullcontext()
 
     def logits(self, batch: Batch) -> Tensor:
         """[batch, position, d_vocab] with a graph to `params`."""
-        return self.net.logits(batch.ids, batch.attention_mask)
+        with self.edit(1.0):
+            return self.net.logits(batch.ids, batch.attention_mask)
 
     @torch.no_grad()
     def original_logits(self, batch: Batch) -> Tensor:
@@ -99,14 +104,28 @@ def trainable(model: LanguageModel, weights: str, rank: int, seed: int, modules:
 
 
 @contextlib.contextmanager
+def trainable_writers(model: LanguageModel, writers: Sequence[Writer], bases: Sequence[Tensor | None]
+                      ) -> Iterator[Trainable]:  # fmt: skip
+    """Matrices that write to the stream, whole (basis None) or as ΔW = basis @ B with basis [d_out, r] orthonormal."""
+    deltas = new_deltas(writers, bases)
+    sizes = [rms(w.weight) * (1.0 if b is None else (w.d_out / b.shape[1]) ** 0.5) for w, b in zip(writers, bases)]
+    with frozen(model):
+        yield Trainable(
+            net=model, params=[d.free for d in deltas], sizes=sizes, original=lambda: contextlib.nullcontext(model),
+            parts=lambda: [d.part() for d in deltas], edit=partial(attached, deltas),
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
 def _lora(model: LanguageModel, rank: int, seed: int, modules: Sequence[str] | None) -> Iterator[Trainable]:
     from peft import LoraConfig, get_peft_model
     from peft.tuners.lora import LoraLayer
 
     flags = [(p, p.requires_grad) for p in model.model.parameters()]
     config = LoraConfig(
-        task_type="CAUSAL_LM", r=rank, lora_alpha=rank, target_modules=list(modules) if modules else None
-    )
+        task_type="CAUSAL_LM", r=rank, lora_alpha=rank, target_modules=list(modules) if modules else None,
+        fan_in_fan_out=model.writers([0])[0].transposed,
+    )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
@@ -157,8 +176,6 @@ def rms(weight: Tensor) -> float:
 @contextlib.contextmanager
 def edited(model: LanguageModel, parts: Sequence[WeightDelta], scale: float) -> Iterator[None]:
     """Within the context the weights of the parts hold W + scale·ΔW; afterwards their old bits."""
-    from ..parts import base_parameters
-
     held = base_parameters(model)
     kept = [(held[parameter_key(p.name)], p) for p in parts]
     originals = [w.detach().clone() for w, _ in kept]
