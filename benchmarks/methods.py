@@ -6,7 +6,7 @@ Each run is a process of its own (so that its peak memory is its own) and leaves
 repeated, and several processes may share a folder. Methods that need SAEs and a selection get those of SSPU's own run
 of the same seed; SSPU runs with the settings of `saeunlearn demo`. Writes table.md: forget as it is, near and far as
 shares of the original (the worst of seen, held-out and untouched); `generated`: the share of questions whose greedy
-continuation is the right answer; the retain loss: its rise on near and far text; memory: the rise of the process's peak.
+continuation is the right answer; the retain loss: its rise on near and far text; memory: the rise of the peak.
 """
 
 from __future__ import annotations
