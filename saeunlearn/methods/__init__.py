@@ -53,6 +53,7 @@ class Method(Protocol):
 
 METHODS = {
     "sspu": "saeunlearn.methods.sspu:SSPU",
+    "unierase": "saeunlearn.methods.unierase:UniErase",
 }
 
 

@@ -81,14 +81,14 @@ class Budget:
         return rises
 
     @torch.no_grad()
-    def settle(self, deltas: Sequence[Delta]) -> dict[str, float]:
-        """Scale the deltas in place to the strongest share (at most MAX_SCALE) within all limits; says what it costs.
+    def settle(self, deltas: Sequence[Delta], most: float = MAX_SCALE) -> dict[str, float]:
+        """Scale the deltas in place to the strongest share (at most `most`) within all limits; says what it costs.
 
         Raises ConfigError where not even a hundredth of them keeps the limits.
         """
-        scale, rises = MAX_SCALE, self.measure_rises(deltas, MAX_SCALE)
+        scale, rises = most, self.measure_rises(deltas, most)
         if not self.used(rises) <= 1:
-            scale, high, rises = 0.0, MAX_SCALE, dict.fromkeys(self.watches, 0.0)
+            scale, high, rises = 0.0, most, dict.fromkeys(self.watches, 0.0)
             for _ in range(7):
                 middle = (scale + high) / 2
                 there = self.measure_rises(deltas, middle)
@@ -98,7 +98,7 @@ class Budget:
                     high = middle
             if scale == 0:
                 limits = ", ".join(f"{n} {w.limit:.2%}" for n, w in self.watches.items())
-                raise ConfigError(f"no strength of this edit keeps the limits ({limits}): lower lr, or raise them")
+                raise ConfigError(f"no strength of this edit keeps the limits ({limits}): raise them, or lower lr where there is one")
         for d in deltas:
             d.free.mul_(scale)
         said = {"scale": scale}
