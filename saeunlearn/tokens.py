@@ -36,7 +36,9 @@ class TokenPart:
     def __post_init__(self) -> None:
         check_text(self.text)
         if (self.head_name is None) != (self.head_row is None):
-            raise ErasureError(f"the token {self.text} needs both the name and the row of the output matrix, or neither")
+            raise ErasureError(
+                f"the token {self.text} needs both the name and the row of the output matrix, or neither"
+            )
         for field in ("row", "head_row"):
             t = getattr(self, field)
             if t is not None:

@@ -98,7 +98,9 @@ class Budget:
                     high = middle
             if scale == 0:
                 limits = ", ".join(f"{n} {w.limit:.2%}" for n, w in self.watches.items())
-                raise ConfigError(f"no strength of this edit keeps the limits ({limits}): raise them, or lower lr where there is one")
+                raise ConfigError(
+                    f"no strength of this edit keeps the limits ({limits}): raise them, or lower lr where there is one"
+                )
         for d in deltas:
             d.free.mul_(scale)
         said = {"scale": scale}

@@ -5,7 +5,7 @@ For a matrix W [d_out, d_in] a key k [d_in] is an input and W k its write. Every
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ def retain_covariances(
     first = [torch.zeros(()) for _ in writers]
     keys: list[Tensor] = [torch.empty(0)] * len(writers)
 
-    def hook(i: int):  # noqa: ANN202
+    def hook(i: int) -> Callable[..., None]:
         def keep(_module: nn.Module, args: tuple[Tensor, ...], _output: Tensor) -> None:
             keys[i] = args[0]
 
@@ -87,7 +87,8 @@ def solve(keys: Tensor, v: Tensor, previous: Tensor, lam: float) -> Tensor:
     """X [n, d_in] with ΔW = R X for residuals R [d_out, n] at keys K [d_in, n]: X = ([P(KKᵀ + C_prev) + λI]⁻¹ P K)ᵀ.
 
     P = VVᵀ; `previous` is C_prev [d_in, d_in], the sum of kkᵀ of earlier edits; λ = `lam` times the mean eigenvalue
-    of Vᵀ(KKᵀ + C_prev)V. Solved inside the range of P, where the matrix is symmetric: X = KᵀV(Vᵀ(KKᵀ + C_prev)V + λI)⁻¹Vᵀ.
+    of Vᵀ(KKᵀ + C_prev)V. Solved inside the range of P, where the matrix M = KKᵀ + C_prev is symmetric:
+    X = KᵀV(VᵀMV + λI)⁻¹Vᵀ.
     Raises ConfigError when the keys have no part in the range of P.
     """
     inside = v.T @ keys

@@ -14,37 +14,27 @@ from __future__ import annotations
 
 import contextlib
 import math
-import random
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..corpus import Batch, Corpus, Window, batches, collate, endless, refuse_overlap, render, windows
+from ..corpus import Batch, Corpus, Window, collate, refuse_overlap, windows
 from ..erasure import Erasure
-from ..errors import ConfigError, CorpusError, ErasureError, ModelError, NonFiniteError
+from ..errors import ConfigError, ErasureError, ModelError, NonFiniteError
 from ..features.selection import Selection
 from ..models import LanguageModel, Writer
 from ..progress import Progress
-from ..tokens import TokenPart, check_text, live_rows, matrices, token_id
+from ..tokens import check_text, matrices, token_id
 from .budget import Budget, some
-from .deltas import Delta, attached, frozen, new_deltas
+from .deltas import Delta, attached, frozen
 from .nullspace import null_space, retain_covariances, solve, wide
+from .refusal import learn_token, prompts
 
-REFUSALS = (
-    "I do not know.",
-    "I have no information about that.",
-    "That is something I cannot answer.",
-    "Sorry, I am not able to help with this.",
-    "I am not aware of any facts about it.",
-    "This is unknown to me.",
-    "My knowledge does not cover that.",
-    "I would rather not guess here.",
-)
 ENOUGH = 0.05  # nats: a prompt's target is not pushed further below this loss
 
 
@@ -64,8 +54,8 @@ class UniEraseConfig:
     z_steps: int = 25  # gradient steps for the target at the top block (AlphaEdit: 25)
     z_lr: float = 0.1  # relative to the activation's root mean square (AlphaEdit: 0.1, absolute)
     clamp: float = 0.75  # largest ‖z − h‖ / ‖h‖ (AlphaEdit: 0.75)
-    cut: float = 0.02  # null space: eigenvalues up to this share of the mean one (paper: 2e-2, absolute)
-    lam: float = 0.01  # λ relative to the mean eigenvalue of the edits' keys (paper: 10, absolute)
+    cut: float = 0.05  # null space: eigenvalues up to this share of the mean one (paper: 2e-2, absolute)
+    lam: float = 0.1  # λ relative to the mean eigenvalue of the edits' keys (paper: 10, absolute)
     max_length: int = 256  # tokens in a retain window
     max_retain_rise: float = 0.02  # relative rise of the loss on held-out retain records that the result keeps to
 
@@ -178,96 +168,6 @@ def edited(model: LanguageModel, config: UniEraseConfig) -> list[Writer]:
     return writers
 
 
-def prompts(corpus: Corpus, model: LanguageModel) -> list[Window]:
-    """Token ids of each record up to where the answer, or a plain text's last word, would begin.
-
-    A prompt that is too long loses its start, never BOS. Raises CorpusError for a text of one word.
-    """
-    bos = [] if model.bos_id is None else [model.bos_id]
-    extra = max(len(ids) for ids in refusals(model)) + 2
-    room = model.max_length - len(bos) - extra
-    if room < 1:
-        raise CorpusError(f"the context of {model.name} is {model.max_length} tokens, too short for a refusal")
-    out = []
-    for i, record in enumerate(corpus):
-        text, start = render(record, model.tokenizer)
-        prompt = text[:start] if start else re.sub(r"\s*\S+\s*$", "", text)
-        ids = model.tokenizer(prompt, add_special_tokens=False).input_ids
-        if not ids:
-            raise CorpusError(f"{corpus.name}, record {i + 1}: one word has no beginning to ask with")
-        out.append(Window(tuple(bos + ids[-room:]), 1, i))
-    return out
-
-
-def refusals(model: LanguageModel) -> list[list[int]]:
-    return [model.tokenizer(t, add_special_tokens=False).input_ids for t in REFUSALS]
-
-
-# --- stage 1 -----------------------------------------------------------------------------------------------
-
-
-def learn_token(
-    model: LanguageModel, asked: Sequence[Window], writers: Sequence[Writer], config: UniEraseConfig, seed: int,
-    progress: Progress,
-) -> tuple[TokenPart, list[dict[str, float]]]:  # fmt: skip
-    """The trained token and the loss (nats a token) of each step; what the model has where it has the token."""
-    embedding, head = matrices(model)
-    at = token_id(model, config.token)
-    if at is not None:
-        return TokenPart.of(model, config.token, embedding.weight[at], None if head is None else head.weight[at]), []
-    at = len(model.tokenizer)
-    generator = torch.Generator().manual_seed(seed)
-    rows = [_typical_row(m.weight, at, generator) for m in (embedding, head) if m is not None]
-    start = TokenPart.of(model, config.token, *rows)
-    free = [nn.Parameter(r) for r in rows]
-    sizes = [float(m.weight.detach()[:at].float().pow(2).mean().sqrt()) for m in (embedding, head) if m is not None]
-    longest = [float(m.weight.detach()[:at].float().norm(dim=-1).mean()) for m in (embedding, head) if m is not None]
-    optimiser = torch.optim.AdamW(
-        [{"params": [p], "lr": config.token_lr * s} for p, s in zip(free, sizes)], weight_decay=0.0
-    )
-    items = [Window((*p.ids, at, *r, at), len(p.ids) + 1, 0) for p in asked for r in refusals(model)]
-    rows_of_batches = endless(items, model.pad_id, config.batch, seed)
-    noise = new_deltas(writers, [None] * len(writers))
-    losses: list[dict[str, float]] = []
-    rounds = [config.token_steps] + [config.noise_steps] * config.noise_rounds
-    progress.start(f"learning {config.token}", sum(rounds))
-    undo = start.apply(model)
-    try:
-        with frozen(model), live_rows(model, at, free[0], free[1] if len(free) > 1 else None), attached(noise):
-            for n, steps in enumerate(rounds):
-                if n:
-                    for d in noise:
-                        std = float(d.writer.weight.detach().float().std())
-                        drawn = torch.randn(d.free.shape, generator=generator)
-                        d.free.data = (config.noise * std * drawn).to(d.free)
-                for _ in range(steps):
-                    b = next(rows_of_batches).to(model.device)
-                    logits = model.logits(b.ids, b.attention_mask)[:, :-1]
-                    wanted = b.targets[:, 1:]
-                    loss = F.cross_entropy(logits[wanted], b.ids[:, 1:][wanted])
-                    losses.append({"step": len(losses), "token_loss": loss.item()})
-                    if not math.isfinite(losses[-1]["token_loss"]):
-                        raise NonFiniteError(f"the loss of {config.token} is {loss.item()}: lower token_lr")
-                    for p, g in zip(free, torch.autograd.grad(loss, free)):
-                        p.grad = g
-                    optimiser.step()
-                    for p, size in zip(free, longest):
-                        # No longer than other rows: a long one would be likely (or unlikely) everywhere.
-                        p.data *= min(1.0, size / float(p.detach().norm()))
-                    progress.step(loss=losses[-1]["token_loss"])
-    finally:
-        undo()
-    progress.finish(loss=losses[-1]["token_loss"])
-    return replace(start, row=free[0], head_row=free[1] if len(free) > 1 else None), losses
-
-
-def _typical_row(weight: Tensor, n: int, generator: torch.Generator) -> Tensor:
-    """A random row [d] with the mean and the spread of the first n."""
-    rows = weight.detach()[:n].float()
-    drawn = torch.randn(rows.shape[1], generator=generator)
-    return rows.mean(0) + rows.std(0) * drawn.to(rows.device)
-
-
 # --- stage 2 -----------------------------------------------------------------------------------------------
 
 
@@ -284,10 +184,12 @@ def edit(
     z = targets(model, asked, top, config, progress)
     deltas: list[Delta] = []
     keys: list[Tensor] = []
+    gaps: list[Tensor] = []
     progress.start("editing", len(writers))
     for i, (writer, v, c) in enumerate(zip(writers, bases, previous)):
         with attached(deltas):
             k, y, h = read(model, asked, writer, top, config)
+        gaps.append((z - h).norm())
         # d_out × n: what the matrix itself should write more, one column a prompt.
         residual = before_norm(writer, y, (z - h) / (len(writers) - i)).T
         right = solve(k.T, v, c.to(k), config.lam)
@@ -295,13 +197,12 @@ def edit(
         keys.append(k.T)
         progress.step()
     with attached(deltas):
-        reached = read(model, asked, writers[-1], top, config)[2]
+        gaps.append((z - read(model, asked, writers[-1], top, config)[2]).norm())
     progress.finish()
-    left = float((z - reached).norm() / (z - read(model, asked, writers[-1], top, config)[2]).norm())
     ranks = {str(w.block): {"null_space": v.shape[1], "d_in": w.d_in} for w, v in zip(writers, bases)}
     return deltas, keys, {
-        "token": config.token, "prompts": len(asked), "ranks": ranks, "share_of_residual_left": left,
-        "next_is_token_before": before,
+        "token": config.token, "prompts": len(asked), "next_is_token_before": before, "ranks": ranks,
+        "share_of_residual_left": float(gaps[-1] / gaps[0].clamp_min(1e-300)),
     }  # fmt: skip
 
 
@@ -322,22 +223,19 @@ def targets(
         unit = size / math.sqrt(h.shape[1])
         free = torch.zeros_like(h, requires_grad=True)
         optimiser = torch.optim.Adam([free], lr=config.z_lr)
-        for _ in range(config.z_steps):
-
-            def moved(stream: Tensor, rows=rows, last=last, free=free, unit=unit) -> Tensor:  # noqa: ANN001
-                return stream.index_put((rows, last), (free * unit).to(stream.dtype), accumulate=True)
-
-            with model.patch({top: moved}):
+        for step in range(config.z_steps):
+            offset = free * unit
+            with model.patch({top: partial(_add_at, rows=rows, last=last, offset=offset)}):
                 logits = model.logits(b.ids, b.attention_mask)[rows, last]
             loss = F.cross_entropy(logits, torch.full_like(last, at), reduction="none")
             if not loss.isfinite().all():
-                raise NonFiniteError(f"the loss of the targets is {float(loss.sum())}: lower z_lr or clamp")
-            progress.step(loss=float(loss.mean()))
-            open_ = loss > ENOUGH
-            if not open_.any():
-                progress.step(config.z_steps - _ - 1)
+                raise NonFiniteError(f"the loss of the targets is {float(loss.detach().sum())}: lower z_lr or clamp")
+            progress.step(loss=float(loss.detach().mean()))
+            far = loss > ENOUGH
+            if not far.any():
+                progress.step(config.z_steps - step - 1)
                 break
-            (free.grad,) = torch.autograd.grad(loss[open_].sum(), free)
+            (free.grad,) = torch.autograd.grad(loss[far].sum(), free)
             optimiser.step()
             with torch.no_grad():
                 length = (free * unit).norm(dim=-1, keepdim=True)
@@ -347,6 +245,10 @@ def targets(
         z[index] = found
     progress.finish()
     return z
+
+
+def _add_at(stream: Tensor, *, rows: Tensor, last: Tensor, offset: Tensor) -> Tensor:
+    return stream.index_put((rows, last), offset.to(stream.dtype), accumulate=True)
 
 
 @torch.no_grad()
@@ -402,13 +304,14 @@ def new_delta(writer: Writer, left: Tensor, right: Tensor) -> Delta:
 def share_next(model: LanguageModel, asked: Sequence[Window], config: UniEraseConfig) -> float:
     """Share of the prompts after which ⟨UNL⟩ is the most likely token."""
     at, hits = token_id(model, config.token), 0
+    assert at is not None
     for _, b, last in _in_batches(model, asked, config.batch):
         logits = model.logits(b.ids, b.attention_mask)[torch.arange(len(last), device=last.device), last]
-        hits += int((logits.argmax(-1) == at).sum())
+        hits += int(logits.argmax(-1).eq(at).sum())
     return hits / len(asked)
 
 
-def _in_batches(model: LanguageModel, asked: Sequence[Window], size: int):  # noqa: ANN202
+def _in_batches(model: LanguageModel, asked: Sequence[Window], size: int) -> Iterator[tuple[list[int], Batch, Tensor]]:
     """(indices, batch on the device, last positions [b]) over prompts of similar length."""
     order = sorted(range(len(asked)), key=lambda i: len(asked[i].ids))
     for i in range(0, len(order), size):
