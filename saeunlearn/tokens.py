@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from .errors import ConfigError, ErasureError
 from .models import LanguageModel
 
+_ADDED = "_tokens_of_erasures"  # on the tokenizer's copy: which tokens parts have added
+
 
 @dataclass(frozen=True, eq=False)
 class TokenPart:
@@ -148,6 +150,11 @@ def token_id(model: LanguageModel, text: str) -> int | None:
     return model.tokenizer.get_vocab().get(text)
 
 
+def is_added(model: LanguageModel, text: str) -> bool:
+    """Whether the model has this token from a part that was applied in memory."""
+    return text in getattr(model.tokenizer, _ADDED, ())
+
+
 @contextlib.contextmanager
 def banned(model: LanguageModel, token: str) -> Iterator[None]:
     """Within the context the token's logit is −inf, in `generate` and in `LanguageModel.logits`.
@@ -207,6 +214,7 @@ def _with_token(tokenizer: Any, text: str) -> Any:
 
     out = copy.deepcopy(tokenizer)
     out.add_tokens([AddedToken(text, normalized=False, special=True)], special_tokens=True)
+    setattr(out, _ADDED, (*getattr(tokenizer, _ADDED, ()), text))
     return out
 
 

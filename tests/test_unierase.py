@@ -358,6 +358,8 @@ def test_second_request_later_keeps_the_token(llama: LanguageModel) -> None:
     n, row = llama.d_vocab, llama.model.get_input_embeddings().weight[-1].clone()
     second = erase(llama, forget=two)
     assert second.manifest["losses"] == []
+    with pytest.raises(ConfigError, match="token of llama already"):
+        erase(llama, replace(CONFIG, token="</s>"))
     with torch.no_grad(), second.apply(llama):
         assert llama.d_vocab == n
         assert torch.equal(llama.model.get_input_embeddings().weight[-1], row)

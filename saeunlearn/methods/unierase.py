@@ -29,7 +29,7 @@ from ..errors import ConfigError, ErasureError, ModelError, NonFiniteError
 from ..features.selection import Selection
 from ..models import LanguageModel, Writer
 from ..progress import Progress
-from ..tokens import check_text, matrices, token_id
+from ..tokens import check_text, is_added, matrices, token_id
 from .budget import Budget, some
 from .deltas import Delta, attached, frozen
 from .nullspace import null_space, retain_covariances, solve, wide
@@ -153,8 +153,7 @@ def check_config(model: LanguageModel, config: UniEraseConfig) -> None:
         matrices(model)
     except ErasureError as e:
         raise ConfigError(str(e)) from e
-    ours = config.token in model.tokenizer.added_tokens_encoder and model.lineage
-    if token_id(model, config.token) is not None and not ours:
+    if token_id(model, config.token) is not None and not is_added(model, config.token):
         raise ConfigError(f"{config.token} is a token of {model.name} already: choose another text")
 
 
