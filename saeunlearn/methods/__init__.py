@@ -62,6 +62,7 @@ METHODS = {
     "simnpo": "saeunlearn.methods.simnpo:SimNPO",
     "crisp": "saeunlearn.methods.crisp:CRISP",
     "reglu": "saeunlearn.methods.reglu:ReGLU",
+    "unierase": "saeunlearn.methods.unierase:UniErase",
 }
 
 

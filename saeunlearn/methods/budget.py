@@ -85,14 +85,14 @@ class Budget:
         self.spent = not max(rises.values()) < RUINED
         return rises
 
-    def settle(self, edit: Edit) -> dict[str, float]:
-        """The largest `scale` (at most MAX_SCALE) within all limits, and what it costs.
+    def settle(self, edit: Edit, most: float = MAX_SCALE) -> dict[str, float]:
+        """The largest `scale` (at most `most`) within all limits, and what it costs.
 
         Raises ConfigError where not even a hundredth of the edit keeps the limits.
         """
-        scale, rises = MAX_SCALE, self.measure_rises(edit, MAX_SCALE)
+        scale, rises = most, self.measure_rises(edit, most)
         if not self.used(rises) <= 1:
-            scale, high, rises = 0.0, MAX_SCALE, dict.fromkeys(self.watches, 0.0)
+            scale, high, rises = 0.0, most, dict.fromkeys(self.watches, 0.0)
             for _ in range(7):
                 middle = (scale + high) / 2
                 there = self.measure_rises(edit, middle)
@@ -102,7 +102,9 @@ class Budget:
                     high = middle
             if scale == 0:
                 limits = ", ".join(f"{n} {w.limit:.2%}" for n, w in self.watches.items())
-                raise ConfigError(f"no strength of this edit keeps the limits ({limits}): lower lr, or raise them")
+                raise ConfigError(
+                    f"no strength of this edit keeps the limits ({limits}): raise them, or lower lr where there is one"
+                )
         said = {"scale": scale}
         for name, w in self.watches.items():
             said |= {f"{name}_limit": w.limit, f"{name}_rise": rises[name], f"{name}_loss_before": w.base}
