@@ -53,6 +53,9 @@ class Method(Protocol):
 
 METHODS = {
     "sspu": "saeunlearn.methods.sspu:SSPU",
+    "clamp": "saeunlearn.methods.clamp:Clamp",
+    "conditional": "saeunlearn.methods.conditional:Conditional",
+    "dsg": "saeunlearn.methods.dsg:DSG",
 }
 
 
