@@ -104,10 +104,11 @@ def activations(model: LanguageModel, guard: Guard, items: Sequence[Window], pro
     runtime = guard.runtime.to(model.device)
     for batch in progress.over(list(batches(items, model.pad_id)), what):
         b = batch.to(model.device)
-        z = runtime.encode(model.capture(b.ids, [runtime.layer], b.attention_mask)[runtime.layer])
+        h = model.capture(b.ids, [runtime.layer], b.attention_mask)[runtime.layer]
+        z = runtime.encode(h)
+        if not (torch.isfinite(h[b.mask]).all() and torch.isfinite(z[b.mask]).all()):  # NaN > 0 would pass for inactive
+            raise NonFiniteError(f"layer {runtime.layer} of {model.name} or its SAE gives NaN or infinity")
         for row, mask in zip(z, b.mask):
-            if not torch.isfinite(row[mask]).all():
-                raise NonFiniteError(f"the SAE for layer {runtime.layer} gives NaN or infinity on {model.name}")
             yield row[mask].cpu()
 
 
