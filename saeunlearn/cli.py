@@ -138,10 +138,10 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("checkpoint", type=Path)
     p.add_argument("out", type=Path)
 
-    p = verb("export", export, "write a low-rank Erasure as a PEFT adapter")
+    p = verb("export", export, "low-rank Erasure → PEFT adapter; guard → a folder that attaches without saeunlearn")
     p.add_argument("erasure", type=Path)
     p.add_argument("out", type=Path)
-    p.add_argument("--base", required=True, help="name or path of the base model that the adapter will name")
+    p.add_argument("--base", help="name or path of the base model that a PEFT adapter will name (required for one)")
 
     p = verb("inspect", inspect, "what an Erasure is and what it changes")
     p.add_argument("erasure", type=Path)
@@ -280,6 +280,7 @@ def select(args: argparse.Namespace) -> None:
 
 
 def unlearn(args: argparse.Namespace) -> None:
+    from .methods import get_method
     from .pipeline import RunConfig
     from .pipeline import unlearn as carry_out
     from .progress import ConsoleProgress
@@ -293,7 +294,9 @@ def unlearn(args: argparse.Namespace) -> None:
     )  # fmt: skip
     run = carry_out(config, args.out, ConsoleProgress(), args.command)
     show_result(run)
-    print(f"\nNext: saeunlearn apply {run.erasure_dir} {args.model} {args.out / 'model'}")
+    hooks = get_method(args.method).kind in ("guard", "offset")
+    after = f"export {run.erasure_dir}" if hooks else f"apply {run.erasure_dir} {args.model}"
+    print(f"\nNext: saeunlearn {after} {args.out / 'model'}")
 
 
 def methods(args: argparse.Namespace) -> None:
@@ -363,9 +366,9 @@ def revert(args: argparse.Namespace) -> None:
 
 def export(args: argparse.Namespace) -> None:
     from .erasure import Erasure
+    from .export import export as carry_out
 
-    Erasure.load(args.erasure).to_peft(args.out, args.base)
-    print(f"{args.out}: a PEFT adapter; peft.PeftModel.from_pretrained(model, {str(args.out)!r}) loads it")
+    print(carry_out(Erasure.load(args.erasure), args.out, args.base))
 
 
 def inspect(args: argparse.Namespace) -> None:

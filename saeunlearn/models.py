@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .deploy.layout import DeployError, find_blocks
 from .errors import ModelError, TokenizerMismatchError
-from .stored import BLOCK_PATHS, check_folder, fingerprint_tensors, lineage_fingerprint, stored_tensors
+from .stored import check_folder, fingerprint_tensors, lineage_fingerprint, stored_tensors
 
 # Which matrices of a block WRITE to the residual stream.
 _WRITERS = {
@@ -335,14 +336,10 @@ class LanguageModel:
 
 
 def _find_blocks(base: nn.Module) -> nn.ModuleList:
-    for path in BLOCK_PATHS:
-        found = _submodule(base, path)
-        if isinstance(found, nn.ModuleList):
-            return found
-    raise ModelError(
-        f"{type(base).__name__} has no known list of blocks (looked for {', '.join(BLOCK_PATHS)}); "
-        "Llama-, GPT-2-, GPT-NeoX- and Gemma-2-like layouts are supported"
-    )
+    try:
+        return find_blocks(base)[1]
+    except DeployError as e:
+        raise ModelError(str(e)) from e
 
 
 def _submodule(module: nn.Module, path: str) -> Any:

@@ -156,6 +156,7 @@ class WeightDelta:
 PART_KINDS = {
     "weight_delta": "saeunlearn.parts:WeightDelta",
     "token": "saeunlearn.tokens:TokenPart",
+    "guard": "saeunlearn.guards:Guard",
 }
 
 

@@ -10,10 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .deploy.layout import BLOCK_PATHS
 from .errors import ErasureError, ModelError
-
-# Where each supported layout keeps its blocks.
-BLOCK_PATHS = ("model.layers", "transformer.h", "gpt_neox.layers")
 
 
 def parameter_key(name: str) -> str:

@@ -65,7 +65,10 @@ def show_erasure(erasure: Any) -> None:
         k, d = s["k"], s["d_model"]
         print(f"  layer {s['layer']}, K = {k} relevant features of d = {d} (K/d = {k / d:.3f})")
     changed = m["changed"]
-    print(f"  changes {changed['count']} numbers, {changed['share']:.2%} of the model:")
+    if changed["count"]:
+        print(f"  changes {changed['count']} numbers, {changed['share']:.2%} of the model:")
+    else:
+        print("  changes no weights: it acts at inference")
     for c in changed["parameters"]:
         print(f"    {c['name']}  {'dense' if c['rank'] is None else 'rank ' + str(c['rank'])}")
     print("  settings " + ", ".join(f"{k}={v}" for k, v in m["config"].items()))

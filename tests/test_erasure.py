@@ -261,7 +261,7 @@ def nan_payload(folder: Path) -> None:
 
 
 DAMAGE = {
-    "unknown kind": lambda f: rewrite(f, lambda m: m["parts"][0].update(kind="guard")),
+    "unknown kind": lambda f: rewrite(f, lambda m: m["parts"][0].update(kind="no_kind")),
     "schema 99": lambda f: rewrite(f, lambda m: m.update(schema=99)),
     "which is missing": lambda f: (f / "part-000.safetensors").unlink(),
     "no safetensors": lambda f: rewrite(f, lambda m: m["parts"][0].update(file="../x.bin")),

@@ -63,6 +63,9 @@ METHODS = {
     "crisp": "saeunlearn.methods.crisp:CRISP",
     "reglu": "saeunlearn.methods.reglu:ReGLU",
     "unierase": "saeunlearn.methods.unierase:UniErase",
+    "clamp": "saeunlearn.methods.clamp:Clamp",
+    "conditional": "saeunlearn.methods.conditional:Conditional",
+    "dsg": "saeunlearn.methods.dsg:DSG",
 }
 
 
