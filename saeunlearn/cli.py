@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from . import __version__
 from .errors import ConfigError, SaeunlearnError
 from .options import further_settings, named_files, whole_numbers
+from .parser import build_parser
 from .terminal import (
     json_or_empty,
     layer_lines,
@@ -23,8 +22,6 @@ from .terminal import (
     show_samples,
     without_values,
 )
-
-DEMO_DIR = Path("runs/demo")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if threads < 1:
                 raise ConfigError(f"--threads {threads}: use at least one")
             torch.set_num_threads(threads)
-        args.verb(args)
+        VERBS[args.verb](args)
     except SaeunlearnError as e:
         print(f"saeunlearn: {type(e).__name__}: {e}", file=sys.stderr)
         return 1
@@ -53,133 +50,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nsaeunlearn: cancelled; the same command goes on from the last finished step", file=sys.stderr)
         return 130
     return 0
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The argument parser of every verb."""
-    parser = argparse.ArgumentParser(
-        prog="saeunlearn",
-        description="Take chosen knowledge out of a language model through its SAE features, and prove it.",
-        epilog="Start with `saeunlearn demo`.",
-    )
-    parser.add_argument("--version", action="version", version=f"saeunlearn {__version__}")
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB")
-
-    def verb(name: str, fn: Any, text: str) -> argparse.ArgumentParser:
-        p = verbs.add_parser(name, help=text, description=text)
-        p.set_defaults(verb=fn)
-        return p
-
-    p = verb("demo", demo, "forget one topic of the sandbox world, with the evidence")
-    p.add_argument("--out", type=Path, default=DEMO_DIR, help=f"run directory (default {DEMO_DIR})")
-    add_common(p)
-
-    p = verb("sandbox", sandbox, "build the fictional world and the small model that learns it")
-    p.add_argument("action", choices=["build"])
-    p.add_argument("--out", type=Path, help="folder to build in (default: the user cache)")
-    add_common(p)
-
-    p = verb("train-saes", train_saes, "train SAEs on the residual stream of many layers from one forward pass")
-    p.add_argument("--model", required=True, help="model folder or hub id")
-    p.add_argument("--corpus", required=True, action="append",
-                   help="text, or .safetensors with a tensor `tokens`; may be given several times")  # fmt: skip
-    p.add_argument("--out", type=Path, required=True, help="folder for the SAEs (SAELens format)")
-    p.add_argument("--layers", default="all", help="`all`, or numbers and ranges: 1,3,5-8")
-    p.add_argument("--arch", default="topk", help="topk, batchtopk, matryoshka, relu, jumprelu, gated; or several: a,b")
-    p.add_argument("--expansion", default="8", help="d_sae / d_model (default 8); or several: 4,8")
-    p.add_argument("--k", default="16", help="active features at a position (default 16); or several: 16,32")
-    p.add_argument("--tokens", type=int, help="positions to train on, epochs counted (default 1000000)")
-    p.add_argument("--cache", type=Path, help="keep activations in this folder, for later runs to reuse")
-    p.add_argument("--cache-dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    p.add_argument("--resume", action="store_true", help="go on where a run with the same settings was stopped")
-    p.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any other setting: lr, batch …")
-    p.add_argument("--tracker", help="tensorboard, trackio, wandb … (default: none)")
-    add_common(p)
-
-    p = verb("select", select, "choose the layer and the features that carry the forget set")
-    add_data(p)
-    add_selection(p)
-    p.add_argument("--saes", required=True, help="SAEs: folder, or release:sae_id of sae_lens")
-    p.add_argument("--out", type=Path, required=True, help="folder for selection.json and its figures")
-    add_method(p)
-    add_common(p)
-
-    p = verb("unlearn", unlearn, "the whole run: SAEs, selection, projected unlearning, evaluation, report")
-    add_data(p)
-    add_selection(p)
-    p.add_argument("--saes", help="ready SAEs (folder, or release:sae_id); default: train them on the data")
-    p.add_argument("--selection", help="selection.json of an earlier run with the same model, data and SAEs")
-    p.add_argument("--questions", help="multiple-choice questions to evaluate with")
-    p.add_argument("--eval", action="append", default=[], metavar="NAME=FILE", help="further texts to evaluate on")
-    p.add_argument("--out", type=Path, required=True, help="run directory; the same command resumes it")
-    p.add_argument("--include-text", action="store_true", help="keep samples in the run directory and the report")
-    add_method(p)
-    add_common(p)
-
-    verb("methods", methods, "what there is to choose from with --method")
-
-    p = verb("evaluate", evaluate, "measure a model: multiple choice, cloze, loss, samples")
-    p.add_argument("--model", required=True, help="model folder or hub id")
-    p.add_argument("--erasure", type=Path, help="apply this Erasure for the measurement, and compare with before")
-    p.add_argument("--questions", help="multiple-choice questions")
-    p.add_argument("--text", action="append", default=[], metavar="NAME=FILE", help="texts to measure the loss on")
-    p.add_argument("--prompt", action="append", default=[], help="prompt to continue greedily")
-    p.add_argument("--out", type=Path, help="JSON file for the result")
-    add_common(p)
-
-    p = verb("apply", apply, "Erasure + checkpoint folder → checkpoint folder, shard by shard")
-    p.add_argument("erasure", type=Path)
-    p.add_argument("checkpoint", type=Path)
-    p.add_argument("out", type=Path)
-    p.add_argument("--no-originals", action="store_true", help="keep no way back in the folder")
-    p.add_argument("--force", action="store_true", help="apply to a checkpoint that the Erasure was not made on")
-
-    p = verb("revert", revert, "undo the last Erasure of a merged folder, bit for bit")
-    p.add_argument("checkpoint", type=Path)
-    p.add_argument("out", type=Path)
-
-    p = verb("export", export, "low-rank Erasure → PEFT adapter; guard → a folder that attaches without saeunlearn")
-    p.add_argument("erasure", type=Path)
-    p.add_argument("out", type=Path)
-    p.add_argument("--base", help="name or path of the base model that a PEFT adapter will name (required for one)")
-
-    p = verb("inspect", inspect, "what an Erasure is and what it changes")
-    p.add_argument("erasure", type=Path)
-
-    p = verb("ledger", ledger, "which requests were carried out on a checkpoint folder, and what each cost")
-    p.add_argument("checkpoint", type=Path)
-
-    p = verb("report", report, "write report.html of a run directory again")
-    p.add_argument("run", type=Path)
-    p.add_argument("--include-text", action="store_true", help="show samples of what was forgotten")
-    return parser
-
-
-def add_common(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    p.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16, float16")
-    p.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
-
-
-def add_data(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--model", required=True, help="model folder or hub id")
-    p.add_argument("--forget", required=True, help="what to forget: JSONL, JSON, text file or data set")
-    p.add_argument("--retain", required=True, help="what to keep: neighbouring topics and general text")
-
-
-def add_selection(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--layers", default="all", help="candidate layers: `all`, or 1,3,5-8")
-    p.add_argument("--k", type=int, help="relevant features (default: d_model / 8, at most 64)")
-    p.add_argument("--layer", type=int, help="take this layer instead of choosing one")
-
-
-def add_method(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--method", default="sspu", help="see `saeunlearn methods` (default sspu)")
-    p.add_argument("--form", choices=["hard", "soft"], help="SSPU: exact projection (default) or penalty")
-    p.add_argument("--update", choices=["plain", "restricted"], help="restricted: gradients that spare the other loss")
-    p.add_argument("--max-retain-rise", type=float, help="rise of the loss on held-out retain text that is allowed")
-    p.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any other setting of the method")
 
 
 def method_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -305,6 +175,23 @@ def methods(args: argparse.Namespace) -> None:
     print(method_lines([get_method(name) for name in known_methods()]))
 
 
+def diversify(args: argparse.Namespace) -> None:
+    from .corpus import Corpus, refuse_overlap, write_jsonl
+    from .diversify import diversify as make
+
+    if args.copies < 1:
+        raise ConfigError(f"--copies {args.copies}: use at least one")
+    forget = Corpus.load(args.forget)
+    made = make(forget, args.concept, args.swap, args.seed, args.copies)
+    if args.retain:
+        retain = Corpus.load(args.retain)
+        refuse_overlap(forget, retain)
+        there = {r.id for r in retain}
+        made = Corpus((*retain, *(r for r in made if r.id not in there)), made.name)
+    write_jsonl(args.out, made)
+    print(f"{args.out}: {len(made)} retain records")
+
+
 def selection_settings(args: argparse.Namespace) -> dict[str, Any]:
     return {n: v for n in ("k", "layer") if (v := getattr(args, n)) is not None}
 
@@ -387,6 +274,13 @@ def report(args: argparse.Namespace) -> None:
     from .evaluation.report import write_report
 
     print(write_report(args.run, include_text=args.include_text))
+
+
+VERBS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "demo": demo, "sandbox": sandbox, "train-saes": train_saes, "select": select, "unlearn": unlearn,
+    "methods": methods, "diversify": diversify, "evaluate": evaluate, "apply": apply, "revert": revert,
+    "export": export, "inspect": inspect, "ledger": ledger, "report": report,
+}  # fmt: skip
 
 
 if __name__ == "__main__":

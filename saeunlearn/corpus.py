@@ -7,7 +7,7 @@ import json
 import random
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -272,7 +272,17 @@ def collate(items: Sequence[Window], pad_id: int) -> Batch:
     return Batch(ids, attention, mask, targets & mask, tuple(w.record for w in items))
 
 
-# --- reading -----------------------------------------------------------------------------------------------
+# --- files -----------------------------------------------------------------------------------------------
+
+
+def write_jsonl(path: Path, records: Iterable[Record]) -> None:
+    """One record a line, with its meta fields."""
+    with path.open("w", encoding="utf-8") as f:
+        for r in records:
+            row: dict[str, Any] = {"text": r.text} if r.text else {"question": r.question, "answer": r.answer}
+            if r.choices:
+                row["choices"] = list(r.choices)
+            f.write(json.dumps({**row, **r.meta}, ensure_ascii=False) + "\n")
 
 
 def _read_rows(text: str, where: str) -> Iterator[Any]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from saeunlearn.cli import main
 from saeunlearn.corpus import Corpus, Record, refuse_overlap
 from saeunlearn.diversify import diversify
 from saeunlearn.errors import ConfigError, CorpusError
@@ -58,3 +61,15 @@ def test_copies_differ_and_the_seed_decides() -> None:
 def test_bad_input(concepts: list[str], others: list[str], error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         diversify(FORGET, concepts, others, seed=0)
+
+
+def test_the_command_writes_a_retain_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "forget.txt").write_text("The aspirin is white.\nMara sells aspirin.\n")
+    (tmp_path / "retain.txt").write_text("The tea is white.\nThe sky is blue.\n")
+    out = tmp_path / "more.jsonl"
+    command = ["diversify", "--forget", str(tmp_path / "forget.txt"), "--concept", "aspirin", "--swap", "tea"]
+    assert main([*command, "--retain", str(tmp_path / "retain.txt"), "--out", str(out)]) == 0
+    assert [r.text for r in Corpus.load(out)] == ["The tea is white.", "The sky is blue.", "Mara sells tea."]
+    assert "3 retain records" in capsys.readouterr().out
+    assert main([*command, "--copies", "0", "--out", str(out)]) == 1
+    assert "--copies" in capsys.readouterr().err

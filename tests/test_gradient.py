@@ -113,8 +113,8 @@ def test_losses_and_a_step_are_those_of_the_papers(checkpoints: Any, arch: str, 
     trained = Both(lm, params, [1.0] * len(params), None, None)  # type: ignore[arg-type]
     forget, kept = method.objective(Task(lm, f, r, config, 0, None, {}))(trained, batch_of(lm, f), batch_of(lm, r))  # type: ignore[attr-defined]
     want_forget, want_kept = reference(name, slow, original, lm, f, r, config)
-    assert float(forget()) == pytest.approx(float(want_forget), abs=1e-6)
-    assert float(kept()) == pytest.approx(float(want_kept), abs=1e-6)
+    assert forget().item() == pytest.approx(want_forget.item(), abs=1e-6)
+    assert kept().item() == pytest.approx(want_kept.item(), abs=1e-6)
     torch.optim.SGD(lm.model.parameters(), lr=0.01).zero_grad()
     (forget() + 0.7 * kept()).backward()
     (want_forget + 0.7 * want_kept).backward()
@@ -122,6 +122,37 @@ def test_losses_and_a_step_are_those_of_the_papers(checkpoints: Any, arch: str, 
         assert (ours.grad is None) == (theirs.grad is None)
         if ours.grad is not None and theirs.grad is not None:
             torch.testing.assert_close(ours - 0.01 * ours.grad, theirs - 0.01 * theirs.grad, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+@pytest.mark.parametrize("data", ["texts", "pairs"])
+def test_idkdpo_prefers_refusals(checkpoints: Any, arch: str, data: str) -> None:
+    lm = LanguageModel.open(checkpoints(arch), device="cpu")
+    f = PAIRS if data == "pairs" else FORGET
+    erasure = get_method("idkdpo").unlearn(
+        lm, f, RETAIN, config=config_of("idkdpo", lr=0.05, steps=12, max_retain_rise=0.5), selection=None, saes={},
+        seed=0, progress=Progress(),
+    )  # fmt: skip
+    losses = erasure.manifest["losses"]
+    assert losses[0]["forget"] == pytest.approx(math.log(2) / 0.1, rel=1e-3)  # no preference at first
+
+    def log_p(prompt: str, answer: str) -> float:
+        ids = lm.tokenizer(prompt).input_ids
+        rest = lm.tokenizer(answer, add_special_tokens=False).input_ids
+        with torch.no_grad():
+            p = lm.logits(torch.tensor([ids + rest]))[0].log_softmax(-1)
+        return sum(float(p[len(ids) - 1 + n, t]) for n, t in enumerate(rest))
+
+    def margins() -> float:
+        out = 0.0
+        for r in f:
+            prompt, answer = (r.question, " " + r.answer) if r.question else (r.text.rsplit(" ", 1)[0], " river.")
+            out += log_p(prompt, "I do not know.") - log_p(prompt, answer)
+        return out
+
+    was = margins()
+    with erasure.apply(lm):
+        assert margins() > was + 1
 
 
 def test_gradient_ascent_stops_at_its_bound() -> None:

@@ -57,8 +57,8 @@ def test_loss_and_step_are_those_of_the_paper(checkpoints: Any, arch: str, adapt
     h_f = torch.cat([stream(slow, lm, w.ids, 2) for w in f_items])
     h_r = torch.cat([stream(slow, lm, w.ids, 2) for w in r_items])
     theirs = ((h_f - s * u / u.norm()) ** 2).mean(), ((h_r - originals[0]) ** 2).mean()
-    assert float(ours[0]) == pytest.approx(float(theirs[0]), rel=1e-6, abs=1e-6)
-    assert float(ours[1]) == pytest.approx(float(theirs[1]), rel=1e-5, abs=1e-6)
+    assert ours[0].item() == pytest.approx(theirs[0].item(), rel=1e-6, abs=1e-6)
+    assert ours[1].item() == pytest.approx(theirs[1].item(), rel=1e-5, abs=1e-6)
     (theirs[0] + config.retain_weight * theirs[1]).backward()
     for m, start, step in zip(matrices, starts, steps):
         after = (m.detach() - 1e-3 * m.grad) - start  # type: ignore[operator]

@@ -60,6 +60,7 @@ METHODS = {
     "npo": "saeunlearn.methods.npo:NPO",
     "npo-lora": "saeunlearn.methods.npo:LowRankNPO",
     "simnpo": "saeunlearn.methods.simnpo:SimNPO",
+    "idkdpo": "saeunlearn.methods.idkdpo:IdkDPO",
     "crisp": "saeunlearn.methods.crisp:CRISP",
     "reglu": "saeunlearn.methods.reglu:ReGLU",
     "unierase": "saeunlearn.methods.unierase:UniErase",

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..corpus import Corpus, Window, endless, render
+from ..corpus import Corpus, Record, Window, endless, render
 from ..errors import CorpusError, NonFiniteError
 from ..models import LanguageModel, Writer
 from ..progress import Progress
@@ -46,12 +46,30 @@ def prompts(corpus: Corpus, model: LanguageModel) -> list[Window]:
         raise CorpusError(f"the context of {model.name} is {model.max_length} tokens, too short for a refusal")
     out = []
     for i, record in enumerate(corpus):
-        text, start = render(record, model.tokenizer)
-        prompt = text[:start] if start else re.sub(r"\s*\S+\s*$", "", text)
+        prompt, _ = asked(record, model)
         ids = model.tokenizer(prompt, add_special_tokens=False).input_ids
         if not ids:
             raise CorpusError(f"{corpus.name}, record {i + 1}: one word has no beginning to ask with")
         out.append(Window(tuple(bos + ids[-room:]), 1, i))
+    return out
+
+
+def asked(record: Record, model: LanguageModel) -> tuple[str, str]:
+    """(prompt, whole text) of a record: a pair's question, or a plain text without its last word."""
+    text, start = render(record, model.tokenizer)
+    return (text[:start] if start else re.sub(r"\s*\S+\s*$", "", text)), text
+
+
+def answers(corpus: Corpus, model: LanguageModel) -> list[Window]:
+    """Each whole record, its targets beginning where `asked` ends; one that is too long loses its start, never BOS."""
+    bos = [] if model.bos_id is None else [model.bos_id]
+    out = []
+    for i, record in enumerate(corpus):
+        prompt, text = asked(record, model)
+        read = model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        first = sum(end <= len(prompt) for _, end in read.offset_mapping)
+        cut = max(0, len(read.input_ids) + len(bos) - model.max_length)
+        out.append(Window((*bos, *read.input_ids[cut:]), max(1, first - cut + len(bos)), i))
     return out
 
 

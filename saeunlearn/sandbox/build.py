@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..checkpoints import atomic_folder, write_json
-from ..corpus import Corpus, Record, endless, windows
+from ..corpus import Corpus, Record, endless, windows, write_jsonl
 from ..errors import ModelError, RunError
 from ..evaluation.metrics import multiple_choice
 from ..models import LanguageModel
@@ -165,13 +165,3 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
         pad_token="<pad>",
         clean_up_tokenization_spaces=False,
     )
-
-
-def write_jsonl(path: Path, records: Iterable[Record]) -> None:
-    """One record a line, with its meta fields."""
-    with path.open("w", encoding="utf-8") as f:
-        for r in records:
-            row: dict[str, Any] = {"text": r.text} if r.text else {"question": r.question, "answer": r.answer}
-            if r.choices:
-                row["choices"] = list(r.choices)
-            f.write(json.dumps({**row, **r.meta}, ensure_ascii=False) + "\n")
