@@ -155,6 +155,7 @@ def _fit(trained: Trainable, budget: Budget, f_items: list[Window], r_items: lis
     f_batches = endless(f_items, model.pad_id, config.batch, seed)
     r_batches = endless(r_items, model.pad_id, config.batch, seed + 1)
     history: list[dict[str, float]] = []
+    ruined = False
     budget = dataclasses.replace(budget, model=model)
     progress.start(name, config.steps)
     for n in range(config.steps):
@@ -168,9 +169,10 @@ def _fit(trained: Trainable, budget: Budget, f_items: list[Window], r_items: lis
         if (n + 1) % config.check_every == 0 or n + 1 == config.steps:
             rises = budget.check(trained.edit)
             row |= {f"{k}_rise": v for k, v in rises.items() if math.isfinite(v)}
+            ruined = math.inf in rises.values()  # what is merely beyond the limit may recover under the retain loss
         history.append(row)
         progress.step(1, **{k: v for k, v in row.items() if k != "step"})
-        if budget.spent:
+        if ruined:
             break
     progress.finish()
     return history
