@@ -75,7 +75,8 @@ def architectures(args: argparse.Namespace) -> dict[str, Any]:
         }),
     }  # fmt: skip
     result: dict[str, Any] = {}
-    for name, (kind, settings) in kinds.items():
+    for name in args.architectures or kinds:
+        kind, settings = kinds[name]
         rows = []
         for seed in args.seeds:
             config = SAEConfig(architecture=name, k=k, tokens=tokens, batch=batch)  # type: ignore[arg-type]
@@ -102,6 +103,7 @@ def main() -> None:
     parser.add_argument("--world", type=int, default=0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--coefficients", type=float, nargs="+", default=[1.0, 4.0, 16.0])
+    parser.add_argument("--architectures", nargs="+", help="only these (default: all six)")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/sae_architectures.json"))
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
