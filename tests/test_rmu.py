@@ -21,9 +21,10 @@ from saeunlearn.progress import Progress
 CONFIG = RMUConfig(layer=2, blocks=2, steps=8, batch=4, lr=0.1, check_every=4, max_retain_rise=0.2)
 
 
-def stream(model: Any, lm: LanguageModel, ids: tuple[int, ...], layer: int) -> torch.Tensor:
-    """The input of the next block is the output of this one; BOS is left out."""
-    return model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[layer + 1][0, 1:]
+def stream(model: Any, lm: LanguageModel, ids: tuple[int, ...], layer: int, first: bool = False) -> torch.Tensor:
+    """The input of the next block is the output of this one; the first position, or all others."""
+    h = model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[layer + 1][0]
+    return h[:1] if first else h[1:]
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
@@ -46,7 +47,7 @@ def test_loss_and_step_are_those_of_the_paper(checkpoints: Any, arch: str, adapt
         ours = forget(), kept()
         (ours[0] + config.retain_weight * ours[1]).backward()
         steps = [p.detach() - 1e-3 * p.grad for p in trained.params]  # type: ignore[operator]
-    originals = [torch.cat([stream(slow, lm, w.ids, 2) for w in r_items]).detach()]
+    originals = [torch.cat([stream(slow, lm, w.ids, 2, first) for w in r_items]).detach() for first in (False, True)]
     twin = LanguageModel(slow, lm.tokenizer)
     matrices = [w.weight for w in twin.writers([1, 2])]
     starts = [m.detach().clone() for m in matrices]
@@ -55,8 +56,10 @@ def test_loss_and_step_are_those_of_the_paper(checkpoints: Any, arch: str, adapt
         for m, d in zip(matrices, deltas):
             m.add_(d.T if transposed else d)
     h_f = torch.cat([stream(slow, lm, w.ids, 2) for w in f_items])
-    h_r = torch.cat([stream(slow, lm, w.ids, 2) for w in r_items])
-    theirs = ((h_f - s * u / u.norm()) ** 2).mean(), ((h_r - originals[0]) ** 2).mean()
+    h_r, bos = (torch.cat([stream(slow, lm, w.ids, 2, first) for w in r_items]) for first in (False, True))
+    usual = originals[0].norm(dim=-1).mean()
+    firsts = (bos - originals[1]) * (usual / originals[1].norm(dim=-1))[:, None]
+    theirs = ((h_f - s * u / u.norm()) ** 2).mean(), (torch.cat([h_r - originals[0], firsts]) ** 2).mean()
     assert ours[0].item() == pytest.approx(theirs[0].item(), rel=1e-6, abs=1e-6)
     assert ours[1].item() == pytest.approx(theirs[1].item(), rel=1e-5, abs=1e-6)
     (theirs[0] + config.retain_weight * theirs[1]).backward()

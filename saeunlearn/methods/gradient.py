@@ -30,7 +30,7 @@ from .trainable import Trainable, check_weights, edited, trainable
 class LoopConfig:
     """Settings of every method that trains by a forget and a retain loss."""
 
-    lr: float = 0.01  # AdamW step relative to the root mean square of each weight matrix (papers: 1e-5 absolute)
+    lr: float = 0.03  # AdamW step relative to the root mean square of each weight matrix (papers: 1e-5 absolute)
     steps: int = 200  # papers: 5 to 10 epochs
     batch: int = 16  # forget windows and retain windows a step (papers: 4 to 32)
     max_length: int = 256  # tokens in a training window

@@ -24,6 +24,7 @@ from .trainable import Trainable
 class IdkDPOConfig(GradientConfig):
     """Settings of IdkDPO."""
 
+    lr: float = 0.1  # as in LoopConfig (TOFU: 1e-5 absolute)
     beta: float = 0.1  # inverse temperature (TOFU: 0.1)
 
 

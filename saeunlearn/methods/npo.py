@@ -19,6 +19,7 @@ from .trainable import Trainable
 class NPOConfig(GradientConfig):
     """L = NPO(forget; β) + retain_weight · (nll_weight · NLL + kl_weight · KL(original ‖ trained)), both on retain."""
 
+    lr: float = 0.1  # as in LoopConfig; this bounded loss bears longer steps than ascent (paper: 1e-5 absolute)
     beta: float = 0.1  # inverse temperature (paper: 0.1); towards 0 it is gradient ascent
     nll_weight: float = 1.0  # paper: 1
     kl_weight: float = 0.0  # paper: 0

@@ -2,7 +2,8 @@
 
 L = E_f ‖h_l − s·u‖² + α E_r ‖h_l − h_l⁰‖², u uniform in [0, 1)^d and normalised, fixed (Li et al., ICML 2024, arXiv
 2403.03218, eq. 1 to 3); adaptive: s = β · mean ‖h_l⁰(forget)‖ (Huu-Tien et al., AAAI 2025, arXiv 2408.06223). Means
-over positions and dimensions; the published code averages over padding too, here neither padding nor BOS counts.
+over positions and dimensions; the published code averages over padding too, here it does not count. First positions (BOS)
+are never driven away; they are held like retain positions, their huge norms scaled to the mean of the others.
 """
 
 from __future__ import annotations
@@ -59,15 +60,18 @@ class RMU(GradientMethod):
 
         def stream(trained: Trainable, batch: Batch) -> Tensor:
             with trained.edit(1.0):
-                return model.capture(batch.ids, [layer], batch.attention_mask)[layer].float()[batch.mask]
+                return model.capture(batch.ids, [layer], batch.attention_mask)[layer].float()
 
         def losses(trained: Trainable, f: Batch, r: Batch) -> Terms:
             def kept() -> Tensor:
                 with torch.no_grad():
-                    before = model.capture(r.ids, [layer], r.attention_mask)[layer].float()[r.mask]
-                return (stream(trained, r) - before).pow(2).mean()
+                    before = model.capture(r.ids, [layer], r.attention_mask)[layer].float()
+                moved = stream(trained, r) - before
+                size = before.norm(dim=-1)
+                first = moved[:, 0] * (size[r.mask].mean() / size[:, 0])[:, None]
+                return torch.cat([moved[r.mask], first]).pow(2).mean()
 
-            return lambda: (stream(trained, f) - target).pow(2).mean(), kept
+            return lambda: (stream(trained, f)[f.mask] - target).pow(2).mean(), kept
 
         return losses
 

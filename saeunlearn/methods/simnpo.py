@@ -14,8 +14,9 @@ from .trainable import Trainable
 class SimNPOConfig(GradientConfig):
     """L = SimNPO(forget; β, γ) + retain_weight · NLL(retain)."""
 
+    lr: float = 0.1  # as in LoopConfig (paper: 1e-5 absolute)
     beta: float = 2.5  # paper: 2.5 on TOFU forget05, up to 4.5
-    gamma: float = 0.0  # margin (paper: 0 to 2)
+    gamma: float = 2.0  # margin (paper: 0 to 2)
 
 
 class SimNPO(GradientMethod):
