@@ -2,8 +2,8 @@
 
 L = E_f ‖h_l − s·u‖² + α E_r ‖h_l − h_l⁰‖², u uniform in [0, 1)^d and normalised, fixed (Li et al., ICML 2024, arXiv
 2403.03218, eq. 1 to 3); adaptive: s = β · mean ‖h_l⁰(forget)‖ (Huu-Tien et al., AAAI 2025, arXiv 2408.06223). Means
-over positions and dimensions; the published code averages over padding too, here it does not count. First positions (BOS)
-are never driven away; they are held like retain positions, their huge norms scaled to the mean of the others.
+over positions and dimensions; the published code averages over padding too, here it does not count. First positions
+(BOS) are never driven away; they are held like retain positions, their huge norms scaled to the mean of the others.
 """
 
 from __future__ import annotations
