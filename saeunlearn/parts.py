@@ -155,6 +155,7 @@ class WeightDelta:
 
 PART_KINDS = {
     "weight_delta": "saeunlearn.parts:WeightDelta",
+    "offset": "saeunlearn.offsets:Offset",
 }
 
 

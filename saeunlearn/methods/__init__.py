@@ -59,6 +59,7 @@ METHODS = {
     "npo": "saeunlearn.methods.npo:NPO",
     "npo-lora": "saeunlearn.methods.npo:LowRankNPO",
     "simnpo": "saeunlearn.methods.simnpo:SimNPO",
+    "delta": "saeunlearn.methods.delta:Delta",
 }
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal, get_args
@@ -21,7 +21,7 @@ from ..parts import WeightDelta
 from ..progress import Progress
 from ..training import one_cycle
 from ..updates import Rule, make_update
-from .budget import Budget, some
+from .budget import Budget, Edit, some
 from .trainable import Trainable, check_weights, edited, trainable
 
 
@@ -42,7 +42,8 @@ class GradientConfig:
     check_every: int = 25  # steps between checks of the budget
 
 
-POSITIVE = ("rank", "lr", "steps", "batch", "max_retain_rise", "check_every", "beta", "bound")
+POSITIVE = ("rank", "lr", "steps", "batch", "max_retain_rise", "check_every", "beta", "bound",
+            "offset_weight")  # fmt: skip
 NOT_NEGATIVE = ("retain_weight", "gamma", "kl_weight", "nll_weight")
 
 Terms = tuple[Callable[[], Tensor], Callable[[], Tensor]]
@@ -54,7 +55,7 @@ def check_gradient(model: LanguageModel, config: Any) -> None:
     """Raises ConfigError naming the setting that is out of range."""
     given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     for name in given.keys() & set(POSITIVE):
-        if not (math.isfinite(given[name]) and given[name] > 0):
+        if given[name] is not None and not (math.isfinite(given[name]) and given[name] > 0):
             raise ConfigError(f"{name} must be positive and finite, not {given[name]}")
     for name in given.keys() & set(NOT_NEGATIVE):
         if not given[name] >= 0:
@@ -64,15 +65,27 @@ def check_gradient(model: LanguageModel, config: Any) -> None:
     check_weights(model, config.weights, config.rank)
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What training under the budget gives: the parts at the strength that it allows, the loss log, what it cost."""
+
+    parts: list[Any]
+    losses: list[dict[str, float]]
+    budget: dict[str, float]
+
+
 class GradientMethod:
-    """A method that is its objective; see `GradientConfig`. A subclass has name, Config, paper, cost, `objective`."""
+    """A method that is its objective; see `GradientConfig`. A subclass has name, Config, paper, cost, `objective`.
+
+    One that trains something else than the model's weights also overrides `subject`, `training`, `edit` and `scaled`.
+    """
 
     name: str
     Config: type
     paper: str
     cost = "whole forward and backward passes over a forget and a retain batch a step"
     needs: frozenset[str] = frozenset()
-    kind: Literal["weights"] = "weights"
+    kind: Literal["weights", "offset"] = "weights"
     changes = "weights of your choice: a LoRA, modules, or all"
 
     def objective(self, model: LanguageModel, forget: Corpus, config: Any) -> Objective:
@@ -82,6 +95,22 @@ class GradientMethod:
     def check(self, model: LanguageModel, config: Any) -> None:
         """Raises ConfigError naming the setting that is out of range."""
         check_gradient(model, config)
+
+    def subject(self, model: LanguageModel, config: Any) -> Any:
+        """What computes the losses: the model, or something that computes with it."""
+        return model
+
+    def training(self, subject: Any, config: Any, seed: int) -> AbstractContextManager[Trainable]:
+        """What is trained, for as long as the context lasts."""
+        return trainable(subject, config.weights, config.rank, seed)
+
+    def edit(self, subject: Any, parts: Sequence[Any]) -> Edit:
+        """The subject with a share of the trained parts."""
+        return partial(edited, subject, parts)
+
+    def scaled(self, part: Any, scale: float) -> Any:
+        """The part with another strength."""
+        return scaled(part, scale)
 
     def unlearn(
         self,
@@ -103,22 +132,28 @@ class GradientMethod:
         """
         self.check(model, config)
         refuse_overlap(forget, retain)
+        done = self.train(self.subject(model, config), forget, retain, config, seed, progress)
+        return Erasure.create(
+            model, done.parts, method=self.name, config=asdict(config), seed=seed,
+            forget_fingerprint=forget.fingerprint(), retain_fingerprint=retain.fingerprint(), losses=done.losses,
+            extra={"budget": done.budget},
+        )  # fmt: skip
+
+    def train(self, subject: Any, forget: Corpus, retain: Corpus, config: Any, seed: int, progress: Progress
+              ) -> Trained:  # fmt: skip
+        """`unlearn` after the checks, up to the parts."""
         kept, held = retain.split(0.2, seed)
-        f_items, r_items = (windows(c, model, config.max_length) for c in (forget, kept))
-        objective = self.objective(model, forget, config)
-        budget = Budget(model)
-        budget.watch("retain", some(windows(held, model, config.max_length), seed), config.max_retain_rise)
-        with trainable(model, config.weights, config.rank, seed) as trained:
+        f_items, r_items = (windows(c, subject, config.max_length) for c in (forget, kept))
+        objective = self.objective(subject, forget, config)
+        budget = Budget(subject)
+        budget.watch("retain", some(windows(held, subject, config.max_length), seed), config.max_retain_rise)
+        with self.training(subject, config, seed) as trained:
             losses = _fit(trained, budget, f_items, r_items, config, seed, progress, self.name, objective)
             parts = trained.parts()
         if not parts:
             raise ConfigError(f"{self.name} changed nothing: raise lr or steps")
-        said = budget.settle(partial(edited, model, parts))
-        return Erasure.create(
-            model, [scaled(p, said["scale"]) for p in parts], method=self.name, config=asdict(config), seed=seed,
-            forget_fingerprint=forget.fingerprint(), retain_fingerprint=retain.fingerprint(), losses=losses,
-            extra={"budget": said},
-        )  # fmt: skip
+        said = budget.settle(self.edit(subject, parts))
+        return Trained([self.scaled(p, said["scale"]) for p in parts], losses, said)
 
 
 def _fit(trained: Trainable, budget: Budget, f_items: list[Window], r_items: list[Window], config: Any, seed: int,
