@@ -32,8 +32,11 @@ from .trainable import Trainable, trainable
 
 @dataclass(frozen=True)
 class DeltaConfig(GradientConfig):
-    """Settings of the gradient family, for training o'. `weights` and `rank` say which weights of o' are trained."""
+    """Settings of the gradient family, for training o'. A LoRA is on every matrix of its blocks."""
 
+    lr: float = 0.003
+    steps: int = 400  # paper: 5 epochs
+    retain_weight: float = 5.0
     offset_model: str = ""  # folder or hub id of the small model; required
     loss: str = "npo"  # a method of the gradient family (paper: several)
     beta: float | None = None  # that of the loss; None: as the loss has it
@@ -75,7 +78,7 @@ class Delta(GradientMethod):
             small = given.copy()
             small.model.float()
         unchanged = Offset.of(small, [], config.offset_weight, given.dtype)
-        with trainable(small, config.weights, config.rank, seed) as inner:
+        with trainable(small, config.weights, config.rank, seed, "all-linear") as inner:
 
             def offset(ids: Tensor, mask: Tensor | None) -> Tensor:
                 with torch.no_grad(), inner.original() as original:
