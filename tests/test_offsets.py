@@ -405,7 +405,7 @@ def learnt(tmp_path_factory: pytest.TempPathFactory, small_folder: Path, checkpo
 
 def config(folder: Path | str = "", **given: Any) -> DeltaConfig:
     settings = {"weights": "lora", "rank": 4, "lr": 0.005, "steps": 12, "batch": 8, "max_length": 32,
-                "retain_weight": 1.0, "max_retain_rise": 0.1, "check_every": 4, "loss": "npo", "offset_weight": 1.0}  # fmt: skip
+                "retain_weight": 1.0, "max_retain_rise": 0.1, "check_every": 4, "loss": "npo"}  # fmt: skip
     return DeltaConfig(**{**settings, "offset_model": str(folder), **given})
 
 
