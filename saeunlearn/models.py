@@ -170,6 +170,11 @@ class LanguageModel:
         return ids[0] if ids and ids[0] == self.tokenizer.bos_token_id else None
 
     @property
+    def vocabulary(self) -> dict[str, int]:
+        """Token → id, added tokens included."""
+        return dict(self.tokenizer.get_vocab())
+
+    @property
     def pad_id(self) -> int:
         for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
             if i is not None:

@@ -157,6 +157,7 @@ PART_KINDS = {
     "weight_delta": "saeunlearn.parts:WeightDelta",
     "token": "saeunlearn.tokens:TokenPart",
     "guard": "saeunlearn.guards:Guard",
+    "offset": "saeunlearn.offsets:Offset",
 }
 
 

@@ -162,7 +162,7 @@ def test_gradient_ascent_stops_at_its_bound() -> None:
     mask = torch.tensor([[True, True, False], [True, True, True]])
     value = ascent(now, mask, bound=1.5)
     value.backward()
-    assert float(value) == pytest.approx(-(1.5 + 0.5) / 2)
+    assert value.item() == pytest.approx(-(1.5 + 0.5) / 2)
     assert now.grad is not None
     assert now.grad[0].tolist() == [0, 0, 0]  # beyond the bound nothing pulls
     assert now.grad[1].tolist() == pytest.approx([1 / 6] * 3)

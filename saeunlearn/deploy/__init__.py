@@ -1,7 +1,7 @@
 """Erasures that act through hooks, attached to a plain Hugging Face model.
 
-`saeunlearn export` copies this package next to a saved Erasure, so it imports torch and safetensors and nothing else
-of saeunlearn:
+`saeunlearn export` copies this package next to a saved Erasure, so it imports torch, safetensors and (for offsets)
+transformers, and nothing else of saeunlearn:
 
     handle = attach(model, folder)
     handle.remove()
@@ -10,20 +10,20 @@ of saeunlearn:
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .guard import GuardRuntime
 from .layout import BLOCK_PATHS, DeployError, find_blocks
 
 __all__ = ["BLOCK_PATHS", "RUNTIMES", "DeployError", "Handle", "attach", "find_blocks"]
 
 SCHEMA = 1  # of erasure.json
 
-# kind of a part → class made of (spec, tensors), with .attach(model) → function that undoes it
-RUNTIMES: dict[str, Any] = {"guard": GuardRuntime}
+# kind of a part → module and class made of (spec, tensors), with .attach(model) → function that undoes it
+RUNTIMES = {"guard": (".guard", "GuardRuntime"), "offset": (".offset", "OffsetRuntime")}
 
 
 class Handle:
@@ -72,7 +72,9 @@ def load_runtimes(folder: Path) -> list[Any]:
                 raise DeployError(f"{folder} names the payload {name!r}, which is no safetensors file in it")
             if hashlib.sha256((folder / name).read_bytes()).hexdigest() != part["sha256"]:
                 raise DeployError(f"{folder / name} is damaged: its sha256 is not the one in erasure.json")
-            runtimes.append(RUNTIMES[kind](part["spec"], load_file(folder / name)))
+            module, runtime = RUNTIMES[kind]
+            made = getattr(importlib.import_module(module, __package__), runtime)
+            runtimes.append(made(part["spec"], load_file(folder / name)))
     except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError, SafetensorError) as e:
         raise DeployError(f"{folder} is not a readable Erasure: {e!r}") from e
     return runtimes

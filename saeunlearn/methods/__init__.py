@@ -67,6 +67,7 @@ METHODS = {
     "clamp": "saeunlearn.methods.clamp:Clamp",
     "conditional": "saeunlearn.methods.conditional:Conditional",
     "dsg": "saeunlearn.methods.dsg:DSG",
+    "delta": "saeunlearn.methods.delta:Delta",
 }
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -22,7 +22,7 @@ from ..parts import WeightDelta
 from ..progress import Progress
 from ..training import one_cycle
 from ..updates import Rule, make_update
-from .budget import Budget, some
+from .budget import Budget, Edit, some
 from .trainable import Trainable, check_weights, edited, trainable
 
 
@@ -49,15 +49,17 @@ class GradientConfig(LoopConfig):
     rank: int = 8  # of the LoRA; its alpha is the same
 
 
-POSITIVE = ("rank", "lr", "steps", "batch", "max_retain_rise", "check_every", "beta", "bound", "steering", "blocks")
+POSITIVE = ("rank", "lr", "steps", "batch", "max_retain_rise", "check_every", "beta", "bound", "steering", "blocks",
+            "offset_weight")  # fmt: skip
 NOT_NEGATIVE = ("retain_weight", "gamma", "kl_weight", "nll_weight")
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a run is given. `retain` is the part that is trained on; the rest of it is watched by the budget."""
+    """What a run is given. `model`: what computes the losses (see `GradientMethod.subject`); `retain`: for objectives
+    the part that is trained on, while the budget watches the rest."""
 
-    model: LanguageModel
+    model: Any
     forget: Corpus
     retain: Corpus
     config: Any
@@ -75,7 +77,7 @@ def check_loop(config: Any) -> None:
     """Raises ConfigError naming the setting that is out of range."""
     given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     for name in given.keys() & set(POSITIVE):
-        if not (math.isfinite(given[name]) and given[name] > 0):
+        if given[name] is not None and not (math.isfinite(given[name]) and given[name] > 0):
             raise ConfigError(f"{name} must be positive and finite, not {given[name]}")
     for name in given.keys() & set(NOT_NEGATIVE):
         if not given[name] >= 0:
@@ -84,15 +86,27 @@ def check_loop(config: Any) -> None:
         raise ConfigError(f"unknown update {config.update!r}; use {' or '.join(get_args(Rule))}")
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What training under the budget gives: the parts at the strength that it allows, the loss log, what it cost."""
+
+    parts: list[Any]
+    losses: list[dict[str, float]]
+    budget: dict[str, float]
+
+
 class GradientMethod:
-    """A method that is its objective; see `GradientConfig`. A subclass has name, Config, paper, cost, `objective`."""
+    """A method that is its objective; see `GradientConfig`. A subclass has name, Config, paper, cost, `objective`.
+
+    One that trains something else than the model's weights also overrides `subject`, `training`, `edit` and `scaled`.
+    """
 
     name: str
     Config: type
     paper: str
     cost = "whole forward and backward passes over a forget and a retain batch a step"
     needs: frozenset[str] = frozenset()
-    kind: Literal["weights"] = "weights"
+    kind: Literal["weights", "offset"] = "weights"
     changes = "weights of your choice: a LoRA, modules, or all"
 
     def objective(self, task: Task) -> Objective:
@@ -107,6 +121,18 @@ class GradientMethod:
     def training(self, task: Task) -> AbstractContextManager[Trainable]:
         """What is trained; the model is as before afterwards."""
         return trainable(task.model, task.config.weights, task.config.rank, task.seed)
+
+    def subject(self, model: LanguageModel, config: Any) -> Any:
+        """What computes the losses: the model, or something that computes with it."""
+        return model
+
+    def edit(self, subject: Any, parts: Sequence[Any]) -> Edit:
+        """The subject with a share of the trained parts."""
+        return partial(edited, subject, parts)
+
+    def scaled(self, part: Any, scale: float) -> Any:
+        """The part with another strength."""
+        return scaled(part, scale)
 
     def unlearn(
         self,
@@ -128,23 +154,29 @@ class GradientMethod:
         """
         self.check(model, config)
         refuse_overlap(forget, retain)
-        kept, held = retain.split(0.2, seed)
-        f_items, r_items = (windows(c, model, config.max_length) for c in (forget, kept))
-        task = Task(model, forget, kept, config, seed, selection, saes)
+        done = self.train(Task(self.subject(model, config), forget, retain, config, seed, selection, saes), progress)
+        return Erasure.create(
+            model, done.parts, method=self.name, config=asdict(config), seed=seed,
+            forget_fingerprint=forget.fingerprint(), retain_fingerprint=retain.fingerprint(), losses=done.losses,
+            selection=None if selection is None else selection.to_dict(), extra={"budget": done.budget},
+        )  # fmt: skip
+
+    def train(self, task: Task, progress: Progress) -> Trained:
+        """`unlearn` after the checks, up to the parts."""
+        config, seed = task.config, task.seed
+        kept, held = task.retain.split(0.2, seed)
+        task = replace(task, retain=kept)
+        f_items, r_items = (windows(c, task.model, config.max_length) for c in (task.forget, kept))
         objective = self.objective(task)
-        budget = Budget(model)
-        budget.watch("retain", some(windows(held, model, config.max_length), seed), config.max_retain_rise)
+        budget = Budget(task.model)
+        budget.watch("retain", some(windows(held, task.model, config.max_length), seed), config.max_retain_rise)
         with self.training(task) as trained:
             losses = _fit(trained, budget, f_items, r_items, config, seed, progress, self.name, objective)
             parts = trained.parts()
         if not parts:
             raise ConfigError(f"{self.name} changed nothing: raise lr or steps")
-        said = budget.settle(partial(edited, model, parts))
-        return Erasure.create(
-            model, [scaled(p, said["scale"]) for p in parts], method=self.name, config=asdict(config), seed=seed,
-            forget_fingerprint=forget.fingerprint(), retain_fingerprint=retain.fingerprint(), losses=losses,
-            selection=None if selection is None else selection.to_dict(), extra={"budget": said},
-        )  # fmt: skip
+        said = budget.settle(self.edit(task.model, parts))
+        return Trained([self.scaled(p, said["scale"]) for p in parts], losses, said)
 
 
 def _fit(trained: Trainable, budget: Budget, f_items: list[Window], r_items: list[Window], config: Any, seed: int,

@@ -73,12 +73,12 @@ def chosen(model: LanguageModel, weights: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def trainable(model: LanguageModel, weights: str, rank: int, seed: int, modules: Sequence[str] | None = None
+def trainable(model: LanguageModel, weights: str, rank: int, seed: int, modules: Sequence[str] | str | None = None
               ) -> Iterator[Trainable]:  # fmt: skip
     """`weights`: "all", "lora", or the names of modules; the model is as before afterwards.
 
-    A LoRA has that `rank`, alpha = rank, on `modules` (None: those that PEFT names for the architecture; query and
-    value where they are matrices of their own).
+    A LoRA has that `rank`, alpha = rank, on `modules` ("all-linear": every matrix of the blocks; None: those that PEFT
+    names for the architecture; query and value where they are matrices of their own).
     """
     if weights == "lora":
         with _lora(model, rank, seed, modules) as made:
@@ -117,13 +117,14 @@ def trainable_writers(model: LanguageModel, writers: Sequence[Writer], bases: Se
 
 
 @contextlib.contextmanager
-def _lora(model: LanguageModel, rank: int, seed: int, modules: Sequence[str] | None) -> Iterator[Trainable]:
+def _lora(model: LanguageModel, rank: int, seed: int, modules: Sequence[str] | str | None) -> Iterator[Trainable]:
     from peft import LoraConfig, get_peft_model
     from peft.tuners.lora import LoraLayer
 
     flags = [(p, p.requires_grad) for p in model.model.parameters()]
+    named = modules if modules is None or isinstance(modules, str) else list(modules)
     config = LoraConfig(
-        task_type="CAUSAL_LM", r=rank, lora_alpha=rank, target_modules=list(modules) if modules else None,
+        task_type="CAUSAL_LM", r=rank, lora_alpha=rank, target_modules=named,
         fan_in_fan_out=model.writers([0])[0].transposed,
     )  # fmt: skip
     with torch.random.fork_rng():
