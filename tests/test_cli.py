@@ -470,7 +470,7 @@ def test_a_cancelled_command_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(_args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "inspect", interrupted)
+    monkeypatch.setitem(cli.VERBS, "inspect", interrupted)
     said = call("inspect", "x")
     assert said.code == 130
     assert "cancelled" in said.err
@@ -481,7 +481,7 @@ def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(_args: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(cli, "inspect", broken)
+    monkeypatch.setitem(cli.VERBS, "inspect", broken)
     with pytest.raises(ZeroDivisionError):
         main(["inspect", "x"])
 
