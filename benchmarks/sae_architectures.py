@@ -29,6 +29,10 @@ from saeunlearn.progress import ConsoleProgress, Progress
 from saeunlearn.sandbox.build import SandboxConfig, WorldConfig, build
 
 
+# sae_lens's sparsity coefficients, for an L0 on both sides of ours
+COEFFICIENTS = {"jumprelu": (0.03, 0.1, 0.3), "gated": (1.0, 4.0, 16.0), "relu": (4.0, 16.0, 64.0)}
+
+
 def architectures(args: argparse.Namespace) -> dict[str, Any]:
     """Every run and the ratio of the FVUs; `enclosed` says whether sae_lens's curve reaches our L0 from both sides."""
     import sae_lens
@@ -87,7 +91,7 @@ def architectures(args: argparse.Namespace) -> dict[str, Any]:
                 peer = theirs(kind, seed, **settings)
             else:
                 coefficient = "l0_coefficient" if name == "jumprelu" else "l1_coefficient"
-                curve = sorted(theirs(kind, seed, **settings, **{coefficient: c}) for c in args.coefficients)
+                curve = sorted(theirs(kind, seed, **settings, **{coefficient: c}) for c in COEFFICIENTS[name])
                 x, y = np.log([(max(point, 0.1), value) for point, value in curve]).T
                 peer = l0, float(np.exp(np.interp(math.log(l0), x, y)))
                 row |= {"sae_lens curve": curve, "enclosed": curve[0][0] <= l0 <= curve[-1][0]}
@@ -102,7 +106,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--world", type=int, default=0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--coefficients", type=float, nargs="+", default=[1.0, 4.0, 16.0])
     parser.add_argument("--architectures", nargs="+", help="only these (default: all six)")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/sae_architectures.json"))
     args = parser.parse_args()

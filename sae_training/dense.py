@@ -12,7 +12,7 @@ from .config import SAEConfig
 from .processes import Processes
 from .sparse import adam, clipping
 
-RATE = 0.05  # of the logarithm of the sparsity weight, for each factor e that the active features are off
+RATE = 0.02  # of the logarithm of the sparsity weight, for each factor e that the active features are off
 MEMORY = 0.5  # of the running mean of the number of active features
 DESCENT = 0.5  # of the steps until the aim is k
 START = 0.1  # sparsity weight

@@ -56,6 +56,7 @@ print(json.dumps([guarded.tolist(), out.tolist(), same, loaded]))
 """
 
 
+@pytest.mark.slow
 def test_a_stranger_gets_the_same_logits_and_text(lm: LanguageModel, arch_path: Path, tmp_path: Path) -> None:
     part = guard("dsg", strength=20.0, sae=fitted_sae(lm))
     made = make(lm, [part, guard("clamp", "topk-rescaled", layer=2)])

@@ -415,6 +415,7 @@ def unlearn(lm: LanguageModel, settings: DeltaConfig, progress: Progress | None 
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["ga", "graddiff", "kl", "npo", "simnpo"])
 def test_training_forgets_within_the_budget(learnt: tuple[Path, Path], loss: str) -> None:
     lm = LanguageModel.open(learnt[0], device="cpu")
@@ -439,6 +440,7 @@ def test_training_forgets_within_the_budget(learnt: tuple[Path, Path], loss: str
     assert math.isclose(retain_rise, said["retain_rise"], abs_tol=1e-4)
 
 
+@pytest.mark.slow
 def test_it_is_deterministic_and_weights_may_be_trained_densely(learnt: tuple[Path, Path]) -> None:
     lm = LanguageModel.open(learnt[0], device="cpu")
     settings = config(learnt[1], weights="c_proj", steps=4, lr=0.01, update="restricted", offset_weight=2.0)

@@ -272,6 +272,7 @@ def test_the_null_space_is_what_protects_retain_text(llama: LanguageModel, monke
     assert protected < 0.5 * moved(llama, erase(llama))
 
 
+@pytest.mark.slow
 def test_deterministic_and_a_matter_of_the_seed(llama: LanguageModel) -> None:
     ids = [erase(llama, seed=s).id for s in (0, 0, 1)]
     assert ids[0] == ids[1] != ids[2]
@@ -302,6 +303,7 @@ def test_bfloat16(checkpoints: Checkpoints) -> None:
         assert share(lm, ASKED) >= 0.8
 
 
+@pytest.mark.slow
 def test_budget_scales_the_edit_down(llama: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     free = erase(llama)
     said = free.manifest["extra"]["budget"]
@@ -323,6 +325,7 @@ def test_budget_scales_the_edit_down(llama: LanguageModel, monkeypatch: pytest.M
         erase(llama, replace(CONFIG, max_retain_rise=1e-5))
 
 
+@pytest.mark.slow
 def test_requests_one_after_another(llama: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     before = weights(llama)
     requests = [Corpus(ASKED.records[i : i + 1], f"r{i}") for i in range(5)]
