@@ -28,7 +28,6 @@ from saeunlearn.models import LanguageModel
 from saeunlearn.progress import ConsoleProgress, Progress
 from saeunlearn.sandbox.build import SandboxConfig, WorldConfig, build
 
-
 # sae_lens's sparsity coefficients, for an L0 on both sides of ours
 COEFFICIENTS = {"jumprelu": (0.03, 0.1, 0.3), "gated": (1.0, 4.0, 16.0), "relu": (4.0, 16.0, 64.0)}
 
