@@ -134,7 +134,7 @@ def test_idkdpo_prefers_refusals(checkpoints: Any, arch: str, data: str) -> None
         seed=0, progress=Progress(),
     )  # fmt: skip
     losses = erasure.manifest["losses"]
-    assert losses[0]["forget"] == pytest.approx(math.log(2) / 0.1, rel=1e-3)  # no preference at first
+    assert losses[0]["forget"] == pytest.approx(math.log(2) / 0.02, rel=1e-3)  # no preference at first
 
     def log_p(prompt: str, answer: str) -> float:
         ids = lm.tokenizer(prompt).input_ids

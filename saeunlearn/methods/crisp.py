@@ -28,9 +28,10 @@ from .trainable import Trainable, check_weights, trainable
 class CRISPConfig(LoopConfig):
     """Settings of CRISP."""
 
+    lr: float = 0.1  # as in LoopConfig
     rank: int = 4  # of the LoRA (paper: 4)
     blocks: int = 3  # adapted blocks layer − blocks + 1 … layer: their matrices that write to the stream
-    retain_weight: float = 10.0  # of the squared error of retain hidden states together with the coherence term
+    retain_weight: float = 3.0  # of the squared error of retain hidden states together with the coherence term
     coherence: float = 0.1  # weight of the coherence term within the retain loss
 
 

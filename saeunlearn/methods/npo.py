@@ -51,7 +51,7 @@ class NPO(GradientMethod):
 
             def retain_loss() -> Any:
                 original = trained.original_logits(r) if config.kl_weight else None
-                logits = trained.logits(r)
+                logits = trained.logits(r).unbind()  # once for both terms, or each would hold a gradient of all logits
                 loss = config.nll_weight * nll(target_log_probs(logits, r), target_mask(r))
                 return loss if original is None else loss + config.kl_weight * kl(original, logits, target_mask(r))
 

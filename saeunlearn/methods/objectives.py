@@ -1,12 +1,18 @@
 """Losses of the gradient family, over the targets of a batch: the answer of a question/answer pair, else all tokens
 but the first. `now` and `before`: log-probabilities [batch, t] of the targets under the trained and the original model,
-0 elsewhere; `mask` [batch, t] (bool) marks them."""
+0 elsewhere; `mask` [batch, t] (bool) marks them.
+
+What is read off the logits is read sequence by sequence and computed again for the gradient: distributions over a
+vocabulary are what fills memory."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ..corpus import Batch
 
@@ -16,10 +22,14 @@ def target_mask(batch: Batch) -> Tensor:
     return batch.targets[:, 1:]
 
 
-def target_log_probs(logits: Tensor, batch: Batch) -> Tensor:
+def target_log_probs(logits: Tensor | Sequence[Tensor], batch: Batch) -> Tensor:
     """log p of each target [batch, positions − 1], 0 at other positions."""
-    losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.ids[:, 1:].flatten(), reduction="none")
-    return -losses.view_as(batch.ids[:, 1:]) * target_mask(batch)
+    rows = [checkpoint(_losses_of_sequence, *row, use_reentrant=False) for row in zip(logits, batch.ids)]
+    return -torch.stack(rows) * target_mask(batch)
+
+
+def _losses_of_sequence(logits: Tensor, ids: Tensor) -> Tensor:
+    return F.cross_entropy(logits[:-1], ids[1:], reduction="none")
 
 
 def nll(now: Tensor, mask: Tensor) -> Tensor:
@@ -60,10 +70,14 @@ def dpo(wanted: tuple[Tensor, Tensor], unwanted: tuple[Tensor, Tensor], beta: fl
     return -1 / beta * F.logsigmoid(beta * margin).mean()
 
 
-def kl(original: Tensor, logits: Tensor, mask: Tensor) -> Tensor:
+def kl(original: Tensor, logits: Tensor | Sequence[Tensor], mask: Tensor) -> Tensor:
     """KL(π₀ ‖ π) over the whole vocabulary, mean (nats) over the positions [batch, positions − 1] of `mask`."""
-    log_p0 = F.log_softmax(original[:, :-1][mask], dim=-1)
-    log_p = F.log_softmax(logits[:, :-1][mask], dim=-1)
-    if not len(log_p):
-        return torch.zeros((), device=logits.device)
-    return F.kl_div(log_p, log_p0, log_target=True, reduction="batchmean")
+    total = torch.zeros((), device=mask.device)
+    for row in zip(original, logits, mask):
+        total = total + checkpoint(_kl_of_sequence, *row, use_reentrant=False)
+    return total / mask.sum().clamp_min(1)
+
+
+def _kl_of_sequence(original: Tensor, logits: Tensor, mask: Tensor) -> Tensor:
+    log_p0 = F.log_softmax(original[:-1][mask], dim=-1)
+    return F.kl_div(F.log_softmax(logits[:-1][mask], dim=-1), log_p0, log_target=True, reduction="sum")

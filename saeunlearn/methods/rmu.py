@@ -31,7 +31,8 @@ class RMUConfig(LoopConfig):
     adaptive: bool = True  # s from the norms of the forget activations
     beta: float = 5.0  # adaptive: s in units of that norm (paper: 5)
     steering: float = 20.0  # not adaptive: s (paper: 20, Zephyr 6.5)
-    retain_weight: float = 100.0  # α (paper: 100, Zephyr 1200)
+    lr: float = 0.1  # as in LoopConfig (paper: 5e-5 absolute)
+    retain_weight: float = 30.0  # α (paper: 100, Zephyr 1200)
 
 
 class RMU(GradientMethod):
