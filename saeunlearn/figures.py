@@ -285,6 +285,24 @@ def frontier(points: Sequence[Mapping[str, Any]]) -> Figure:
     return fig
 
 
+def losses_over_steps(runs: Mapping[str, Sequence[Mapping[str, Sequence[float]]]]) -> Figure:
+    """Forget and retain loss (nats a token) over steps: a line a series, the mean of its runs, and their range shaded.
+
+    runs: series → [{"step": […], "forget": […], "retain": […]}, …], all with the same steps.
+    """
+    fig = _figure(7.4, 3.2)
+    for at, name in enumerate(("forget", "retain")):
+        ax = fig.add_subplot(1, 2, at + 1)
+        for i, (series, found) in enumerate(runs.items()):
+            steps, columns = found[0]["step"], list(zip(*(r[name] for r in found)))
+            mean = [sum(c) / len(c) for c in columns]
+            ax.plot(steps, mean, color=_SERIES[i % 8], linestyle=_LINES[i % 4], label=series if at == 0 else None)
+            ax.fill_between(steps, list(map(min, columns)), list(map(max, columns)), color=_SERIES[i % 8], alpha=0.2)
+        ax.set(xlabel="step", ylabel="nats a token", title=f"{name} loss ({'up' if at == 0 else 'down'} is better)")
+    fig.legend(loc="outside lower center", ncols=3)
+    return _finish(fig)
+
+
 def png_data_uri(fig: Figure) -> str:
     """The figure as a `data:image/png;base64,…` URI, for pages without external files."""
     buffer = io.BytesIO()

@@ -136,3 +136,16 @@ def test_saving_leaves_global_state_alone(tmp_path: Path) -> None:
 def settings() -> dict[str, Any]:
     """matplotlib's global settings; the backend resolves itself when it is read."""
     return {k: v for k, v in matplotlib.rcParams.items() if k != "backend"}
+
+
+def test_losses_over_steps_shows_mean_and_range() -> None:
+    runs = {"a": [{"step": [0, 10], "forget": [1.0, 4.0], "retain": [1.0, 1.5]},
+                  {"step": [0, 10], "forget": [3.0, 8.0], "retain": [1.0, 2.5]}],
+            "b": [{"step": [0, 10], "forget": [2.0, 2.0], "retain": [1.0, 1.0]}]}  # fmt: skip
+    fig = figures.losses_over_steps(runs)
+    forget, retain = fig.axes
+    assert [list(line.get_ydata()) for line in forget.lines] == [[2.0, 6.0], [2.0, 2.0]]
+    assert [list(line.get_ydata()) for line in retain.lines] == [[1.0, 2.0], [1.0, 1.0]]
+    shaded = forget.collections[0].get_paths()[0].vertices[:, 1]
+    assert (shaded.min(), shaded.max()) == (1.0, 8.0)
+    assert [t.get_text() for t in fig.legends[0].get_texts()] == ["a", "b"]
