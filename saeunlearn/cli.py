@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from .errors import ConfigError, SaeunlearnError
@@ -172,7 +173,11 @@ def unlearn(args: argparse.Namespace) -> None:
 def methods(args: argparse.Namespace) -> None:
     from .methods import get_method, known_methods
 
-    print(method_lines([get_method(name) for name in known_methods()]))
+    for name in known_methods():
+        try:
+            print(method_lines(get_method(name)))
+        except ConfigError as e:  # a package that does not load must not hide the others
+            print(f"{name}: {e}")
 
 
 def diversify(args: argparse.Namespace) -> None:
@@ -204,7 +209,10 @@ def evaluate(args: argparse.Namespace) -> None:
     from .evaluation.evaluate import evaluate as measure
     from .models import LanguageModel
     from .progress import ConsoleProgress
+    from .tokens import banned
 
+    if args.ban and not args.erasure:
+        raise ConfigError("--ban keeps the token of an Erasure from being decoded: give --erasure")
     texts = {n: Corpus.load(f) for n, f in named_files(args.text, "--text").items()}
     questions = Corpus.load(args.questions) if args.questions else None
     if not texts and questions is None and not args.prompt:
@@ -217,7 +225,7 @@ def evaluate(args: argparse.Namespace) -> None:
     before = measure(model, questions=questions, texts=texts, prompts=args.prompt, progress=progress)
     result: dict[str, Any] = before
     if erasure is not None:
-        with erasure.apply(model):
+        with erasure.apply(model), banned(model, args.ban) if args.ban else nullcontext():
             after = measure(model, questions=questions, texts=texts, prompts=args.prompt, progress=progress)
         result = combine(before, after, args.seed)
         if result["comparison"]:

@@ -87,6 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     p = verb("evaluate", "measure a model: multiple choice, cloze, loss, samples")
     p.add_argument("--model", required=True, help="model folder or hub id")
     p.add_argument("--erasure", type=Path, help="apply this Erasure for the measurement, and compare with before")
+    p.add_argument("--ban", metavar="TOKEN", help="with --erasure: never decode this token (that of unierase, say)")
     p.add_argument("--questions", help="multiple-choice questions")
     p.add_argument("--text", action="append", default=[], metavar="NAME=FILE", help="texts to measure the loss on")
     p.add_argument("--prompt", action="append", default=[], help="prompt to continue greedily")

@@ -106,10 +106,10 @@ def json_or_empty(file: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def method_lines(methods: Sequence[Any]) -> str:
-    """A paragraph a method: name, kind, what it needs and changes, cost, paper."""
-    out = []
-    for m in methods:
-        needs = f", needs {' and '.join(sorted(m.needs))}" if m.needs else ""
-        out.append(f"{m.name} ({m.kind}{needs})\n  changes: {m.changes}\n  cost: {m.cost}\n  paper: {m.paper}")
-    return "\n".join(out)
+def method_lines(method: Any) -> str:
+    """What a method says of itself: name, kind, what it needs and changes, cost, paper."""
+    needs = f", needs {' and '.join(sorted(method.needs))}" if method.needs else ""
+    return (
+        f"{method.name} ({method.kind}{needs})\n  changes: {method.changes}\n  cost: {method.cost}\n"
+        f"  paper: {method.paper}"
+    )

@@ -69,13 +69,11 @@ def test_what_cannot_be_loaded_is_named(package: Path) -> None:
 
 
 def test_methods_lists_it(package: Path) -> None:
-    (package / "my_package-1.0.dist-info" / "entry_points.txt").write_text(
-        "[saeunlearn.methods]\nshrink = my_package.shrink:Shrink\n"
-    )
     said = subprocess.run(
         [sys.executable, "-m", "saeunlearn.cli", "methods"], capture_output=True, text=True, check=True
     )
     assert "shrink (weights)" in said.stdout
     assert "none: an example" in said.stdout
+    assert "\nbroken: the method broken" in said.stdout  # and does not hide the others
     for name in ("sspu", "unierase", "delta", "dsg", "npo-lora"):
         assert f"\n{name} (" in f"\n{said.stdout}"

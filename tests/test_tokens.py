@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from conftest import SENTENCES, Checkpoints, make_tokenizer
 from erasures import IDS, deltas, make, plain_logits, same, weights
 
+from saeunlearn.cli import main
 from saeunlearn.corpus import Corpus, Record
 from saeunlearn.erasure import Erasure
 from saeunlearn.errors import ConfigError, ErasureError
@@ -277,3 +279,24 @@ def test_tokenizer_with_gaps_is_refused(llama: LanguageModel) -> None:
     with pytest.raises(ErasureError, match="gaps"):
         new_token(lm).apply(lm)
     assert lm.tokenizer is tokenizer
+
+
+def test_the_command_evaluates_with_the_token_banned(
+    checkpoints: Checkpoints, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lm = LanguageModel.open(checkpoints("llama"), device="cpu")
+    make(lm, [loud(lm)]).save(tmp_path / "erasure")
+    (tmp_path / "t.txt").write_text("\n".join(SENTENCES[:4]))
+    command = ["evaluate", "--model", str(checkpoints("llama")), "--text", f"retain={tmp_path / 't.txt'}", "--device",
+               "cpu", "--out", str(tmp_path / "e.json")]  # fmt: skip
+
+    def change(*more: str) -> float:
+        assert main([*command, *more]) == 0
+        return json.loads((tmp_path / "e.json").read_text())["comparison"][0]["change"]
+
+    with_it = ["--erasure", str(tmp_path / "erasure")]
+    assert change(*with_it) > 0.1
+    assert change(*with_it, "--ban", TEXT) == pytest.approx(0, abs=1e-6)
+    assert main([*command, *with_it, "--ban", "nonesuch"]) == 1
+    assert main([*command, "--ban", TEXT]) == 1
+    assert "--erasure" in capsys.readouterr().err
