@@ -46,7 +46,7 @@ class TokenPart:
             if t is not None:
                 if t.ndim != 1:
                     raise ErasureError(f"a row of the token {self.text} is {list(t.shape)}, not [d_model]")
-                object.__setattr__(self, field, t.detach().to("cpu", torch.float32).contiguous())
+                object.__setattr__(self, field, t.detach().to("cpu", torch.float32, copy=True).contiguous())
 
     @classmethod
     def of(cls, model: LanguageModel, text: str, row: Tensor, head_row: Tensor | None = None) -> TokenPart:
