@@ -5,7 +5,8 @@
     python benchmarks/birds.py --run RUN --data DATA
 
 `DATA` is a folder with stories260K/ and tinystories/ (forget_birds_*.jsonl, retain_*.jsonl). Without --run the two
-commands above are run first. The word list below is for scoring only; the method never sees it.
+commands above are run first, for every method of --methods (with its defaults; those that need SAEs and a selection
+take SSPU's own). The word list below is for scoring only; no method sees it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from saeunlearn.cli import main as saeunlearn
 from saeunlearn.corpus import Corpus, Window, windows
 from saeunlearn.erasure import Erasure
 from saeunlearn.losses import token_losses
+from saeunlearn.methods import get_method
 from saeunlearn.models import LanguageModel
 
 TOPIC = re.compile(
@@ -88,29 +90,43 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help="a finished run directory")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/birds"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", default=["sspu"], help="sspu first where others need its selection")
     args = parser.parse_args()
     model = args.data / "stories260K"
     files = [args.data / f"tinystories/{n}_train.jsonl" for n in ("forget_birds", "retain")]
     results = {}
     for seed in [0] if args.run else args.seeds:
-        run = args.run or args.out / f"run-{seed}"
-        if not args.run:
-            saes = args.out / f"saes-{seed}"
-            corpora = [x for f in files for x in ("--corpus", str(f))]
-            if not saes.exists():
-                saeunlearn(["train-saes", "--model", str(model), *corpora, "--out", str(saes), "--seed", str(seed)])
-            saeunlearn(["unlearn", "--model", str(model), "--forget", str(files[0]), "--retain", str(files[1]),
-                        "--saes", str(saes), "--out", str(run), "--seed", str(seed)])  # fmt: skip
-        result = score(model, run / "erasure", args.data)
-        result["layer"] = json.loads((run / "selection.json").read_text())["layer"]
-        results[seed] = result
-        print(f"seed {seed}, layer {result['layer']}: topic words {result['before']['topic']:.2f} → "
-              f"{result['after']['topic']:.2f} nats ({result['topic_rise']:+.2f}), other words "
-              f"{result['other_rise']:+.1%}, retain stories {result['retain_rise']:+.1%}")  # fmt: skip
-        for s in result["samples"]:
-            print(f"  {s['prompt']} …\n    before: {s['before']!r}\n    after:  {s['after']!r}")
+        for method in ["sspu"] if args.run else args.methods:
+            run = args.run or carry_out(method, seed, model, files, args.out)
+            result = score(model, run / "erasure", args.data)
+            selection = run / "selection.json"
+            result["layer"] = json.loads(selection.read_text())["layer"] if selection.exists() else None
+            results[f"{method} {seed}"] = result
+            print(f"{method}, seed {seed}, layer {result['layer']}: topic words {result['before']['topic']:.2f} → "
+                  f"{result['after']['topic']:.2f} nats ({result['topic_rise']:+.2f}), other words "
+                  f"{result['other_rise']:+.1%}, retain stories {result['retain_rise']:+.1%}", flush=True)  # fmt: skip
+            for s in result["samples"]:
+                print(f"  {s['prompt']} …\n    before: {s['before']!r}\n    after:  {s['after']!r}")
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / "birds.json", results)
+
+
+def carry_out(method: str, seed: int, model: Path, files: list[Path], out: Path) -> Path:
+    """The run directory of a method, made unless it is there."""
+    run = out / (f"run-{seed}" if method == "sspu" else f"run-{method}-{seed}")
+    command = ["unlearn", "--model", str(model), "--forget", str(files[0]), "--retain", str(files[1]),
+               "--method", method, "--out", str(run), "--seed", str(seed)]  # fmt: skip
+    if needs := get_method(method).needs:
+        saes = out / f"saes-{seed}"
+        if not saes.exists():
+            corpora = [x for f in files for x in ("--corpus", str(f))]
+            saeunlearn(["train-saes", "--model", str(model), *corpora, "--out", str(saes), "--seed", str(seed)])
+        command += ["--saes", str(saes)]
+        if "selection" in needs and method != "sspu":
+            command += ["--selection", str(out / f"run-{seed}" / "selection.json")]
+    if (status := saeunlearn(command)) != 0:
+        raise SystemExit(status)
+    return run
 
 
 if __name__ == "__main__":
