@@ -4,7 +4,8 @@
 
 The forget set of a sandbox world is cut into requests by entity; the Erasures are applied one after another, and after
 each of them generation (greedy, the right answer) is measured: on the facts requested so far, on those still to come,
-near and far, and on the requested ones with the token banned from decoding. Prints a line a request and writes a JSON file.
+near and far, and on the requested ones with the token banned from decoding. Prints a line a request and writes a JSON
+file.
 """
 
 from __future__ import annotations
