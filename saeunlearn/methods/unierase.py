@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -95,7 +95,8 @@ def sequential(
     """One Erasure a request, each made on top of those before it; the model is unchanged.
 
     The token is learned once for all requests, and retain keys are read once. Each solve protects the keys of the
-    earlier edits (C_prev). The budget of each request is relative to the model just before it. Raises as `unlearn`.
+    earlier edits (C_prev). All requests share one budget, relative to the model before the first: after the n-th of N,
+    n/N of it may be used. Raises as `unlearn`.
     """
     check_config(model, config)
     if not requests:
@@ -112,10 +113,12 @@ def sequential(
     out: list[Erasure] = []
     with contextlib.ExitStack() as applied:
         part, losses = learn_token(model, [p for a in asked for p in a], writers, config, seed, progress)
-        for forget, own in zip(requests, asked):
+        budget = Budget(model)
+        budget.watch("retain", held_items, config.max_retain_rise)
+        whole = budget.watches["retain"]
+        for n, (forget, own) in enumerate(zip(requests, asked)):
             model.fingerprint()  # of the weights in memory, so before they are touched
-            budget = Budget(model)
-            budget.watch("retain", held_items, config.max_retain_rise)
+            budget.watches["retain"] = replace(whole, limit=config.max_retain_rise * (n + 1) / len(requests))
             with contextlib.ExitStack() as with_token:
                 with_token.callback(part.apply(model))
                 with_token.enter_context(frozen(model))
