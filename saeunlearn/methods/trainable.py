@@ -7,6 +7,7 @@ float32 copy of the model, which also serves as master weights where the model i
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -130,7 +131,9 @@ def _lora(model: LanguageModel, rank: int, seed: int, modules: Sequence[str] | s
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
-            adapted: Any = get_peft_model(model.model, config)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers; nothing for a user
+                adapted: Any = get_peft_model(model.model, config)
         except ValueError as e:
             raise ConfigError(f"no LoRA for {model.name}: {e}") from e
     try:
