@@ -19,7 +19,6 @@ from .trainable import Trainable
 class NPOConfig(GradientConfig):
     """L = NPO(forget; β) + retain_weight · (nll_weight · NLL + kl_weight · KL(original ‖ trained)), both on retain."""
 
-    lr: float = 0.1  # as in LoopConfig; this bounded loss bears longer steps than ascent (paper: 1e-5 absolute)
     beta: float = 0.1  # inverse temperature (paper: 0.1); towards 0 it is gradient ascent
     nll_weight: float = 1.0  # paper: 1
     kl_weight: float = 0.0  # paper: 0
@@ -30,6 +29,7 @@ class NPOConfig(GradientConfig):
 class LowRankNPOConfig(NPOConfig):
     """The best setting of 2503.13690 for 1B models."""
 
+    lr: float = 0.1  # as in LoopConfig (paper: 1e-4 absolute)
     rank: int = 5  # paper: 2 to 5
     beta: float = 0.5
     kl_weight: float = 0.5  # paper: .5 at 1B, 0 at 7B; over the gold token only in its code, the whole vocabulary here

@@ -29,6 +29,7 @@ from .trainable import Trainable, trainable_writers
 class ReGLUConfig(NPOConfig):
     """Settings of ReGLU; what is trained is given, so `weights` must stay as it is."""
 
+    lr: float = 0.1  # as in LoopConfig
     mix: float = 0.5  # β: weight of the retain covariance against that of the forget texts
 
 
