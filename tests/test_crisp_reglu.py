@@ -28,6 +28,7 @@ def unlearn(method: Any, lm: LanguageModel, config: Any, **given: Any) -> Any:
     return method.unlearn(lm, FORGET, RETAIN, config=config, **settings)
 
 
+@pytest.mark.slow
 def test_crisp_silences_the_relevant_features_and_nothing_stays_behind(lm: LanguageModel) -> None:
     sae, selection = sae_for(LAYER), chosen(lm)
     before = {n: p.detach().clone() for n, p in lm.model.named_parameters()}

@@ -63,6 +63,7 @@ def test_bad_input(concepts: list[str], others: list[str], error: type, message:
         diversify(FORGET, concepts, others, seed=0)
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_retain_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "forget.txt").write_text("The aspirin is white.\nMara sells aspirin.\n")
     (tmp_path / "retain.txt").write_text("The tea is white.\nThe sky is blue.\n")

@@ -45,6 +45,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         del sys.modules[loaded]
 
 
+@pytest.mark.slow
 def test_a_strangers_method_runs_like_ours(package: Path, checkpoints: Any, tmp_path: Path) -> None:
     model = checkpoints("llama")
     (tmp_path / "f.txt").write_text("Mara keeps the old map.\nTobin keeps a kettle.\n")
@@ -68,6 +69,7 @@ def test_what_cannot_be_loaded_is_named(package: Path) -> None:
         get_method("broken")
 
 
+@pytest.mark.slow
 def test_methods_lists_it(package: Path) -> None:
     said = subprocess.run(
         [sys.executable, "-m", "saeunlearn.cli", "methods"], capture_output=True, text=True, check=True

@@ -281,6 +281,7 @@ def test_tokenizer_with_gaps_is_refused(llama: LanguageModel) -> None:
     assert lm.tokenizer is tokenizer
 
 
+@pytest.mark.slow
 def test_the_command_evaluates_with_the_token_banned(
     checkpoints: Checkpoints, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
