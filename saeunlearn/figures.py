@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .labels import half, place_labels
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -264,8 +266,8 @@ def frontier(points: Sequence[Mapping[str, Any]]) -> Figure:
         ax.errorbar(
             [p["x"] for p in part],
             [p["y"] for p in part],
-            xerr=[[_half(p.get("x_err"), side) for p in part] for side in (0, 1)],
-            yerr=[[_half(p.get("y_err"), side) for p in part] for side in (0, 1)],
+            xerr=[[half(p.get("x_err"), side) for p in part] for side in (0, 1)],
+            yerr=[[half(p.get("y_err"), side) for p in part] for side in (0, 1)],
             label=series,
             color=_SERIES[i % 8],
             marker=_MARKERS[i % 8],
@@ -281,7 +283,7 @@ def frontier(points: Sequence[Mapping[str, Any]]) -> Figure:
     if points:
         fig.legend(loc="outside right upper")
     _finish(fig)
-    _label(fig, points)
+    place_labels(fig, points)
     return fig
 
 
@@ -351,52 +353,6 @@ def _say(fig: Figure, message: str) -> None:
     fig.text(0.5, 0.5, message, ha="center", va="center", color=GREY)
 
 
-def _label(fig: Figure, points: Sequence[Mapping[str, Any]]) -> None:
-    """Write the labels of a frontier's points, each at the free place nearest to its point."""
-    from matplotlib.transforms import Bbox
-
-    ax = fig.axes[0]
-    fig.draw_without_rendering()  # the layout, and so the places in pixels, is known only after a drawing
-    fig.set_layout_engine("none")
-    unit = fig.dpi / 72
-
-    def box(p: Mapping[str, Any], dx: float, dy: float) -> Any:
-        """Pixels covered by a point: its marker, and dx, dy pixels around its error bars."""
-        ends = [
-            (p["x"] - _half(p.get("x_err"), 0), p["y"] - _half(p.get("y_err"), 0)),
-            (p["x"] + _half(p.get("x_err"), 1), p["y"] + _half(p.get("y_err"), 1)),
-        ]
-        (x0, y0), (x1, y1) = ax.transData.transform(ends)
-        x, y = ax.transData.transform((p["x"], p["y"]))
-        return [Bbox([[x0, y - dy], [x1, y + dy]]), Bbox([[x - dx, y0], [x + dx, y1]])]
-
-    taken = [b for p in points for b in box(p, 4 * unit, 4 * unit)]
-    sides = [(1, 1), (1, -1), (-1, 1), (-1, -1)]
-    offsets = [(sx * 5 * far, sy * 5 * far) for far in (1, 2, 3, 4, 6) for sx, sy in sides]
-    for p in points:
-        if not p.get("label"):
-            continue
-        tries = []
-        for dx, dy in offsets:
-            text = ax.annotate(
-                p["label"],
-                (p["x"], p["y"]),
-                xytext=(dx, dy),
-                textcoords="offset points",
-                ha="left" if dx > 0 else "right",
-                va="bottom" if dy > 0 else "top",
-                fontsize=7.5,
-            )
-            where = text.get_window_extent()
-            inside = ax.bbox.containsx(where.x0) and ax.bbox.containsx(where.x1)
-            tries.append((where.count_overlaps(taken) + (not inside), text, where))
-        best = min(tries, key=lambda t: t[0])
-        for t in tries:
-            if t is not best:
-                t[1].remove()
-        taken.append(best[2])
-
-
 def _probe_unit(name: str) -> str:
     if name == "forget_rise":
         return "rise (nats per token)"
@@ -405,9 +361,3 @@ def _probe_unit(name: str) -> str:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _half(error: Any, side: int) -> float:
-    if error is None:
-        return 0.0
-    return float(error[side]) if isinstance(error, Sequence) else float(error)

@@ -1,7 +1,8 @@
 """One run, step by step, in a directory that says everything about it. The CLI and the explorer call this.
 
-Run directory: run.json (config, status), events.jsonl, saes/, selection.json, erasure/, evaluation.json, figures/,
-report.html. Every step leaves its result whole or not at all, so a killed run goes on where it stopped.
+Run directory: run.json (config, status), events.jsonl, saes/ (saes-unfinished.safetensors while they train),
+selection.json, erasure/, evaluation.json, figures/, report.html. Every step leaves its result whole or not at all, so
+a killed run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_h
 from . import __version__
 from .checkpoints import write_json
 from .corpus import Corpus, Record, refuse_overlap
-from .errors import Cancelled, ConfigError, RunError, SAEMismatchError, SaeunlearnError
+from .errors import Cancelled, ConfigError, RunError, SAEMismatchError, SaeunlearnError, SelectionError
 from .evaluation.evaluate import combine, evaluate, is_forget
 from .features.selection import ProbeResult, SelectConfig, Selection, check_select, check_selection, select
 from .methods import Method, get_method
@@ -183,7 +184,12 @@ def check(run: Run, earlier: Mapping[str, Any], method: Method, settings: Any, s
         raise ConfigError(f"the names {taken} of evaluation texts are taken: choose others")
     method.check(run.model, settings)
     if run.config.selection:
-        Selection.load(run.config.selection)
+        given = Selection.load(run.config.selection)
+        made_on = {"model": given.model_fingerprint, "forget set": given.forget_fingerprint,
+                   "retain set": given.retain_fingerprint}  # fmt: skip
+        here = (run.model.fingerprint(), run.forget.fingerprint(), run.retain.fingerprint())
+        if other := [what for (what, was), now in zip(made_on.items(), here) if was != now]:
+            raise SelectionError(f"{run.config.selection} was made with another {' and '.join(other)}: select anew")
     run.retain.split(0.2, run.config.seed)  # refuses a retain set that nothing can be held out of
     settings_of(SAEConfig, run.config.sae, "SAE").check(run.model.d_model)
     layers = parse_layers(run.model, run.config.layers)

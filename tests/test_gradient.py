@@ -272,6 +272,7 @@ def test_the_restricted_update_is_open_to_the_family(llama: LanguageModel) -> No
     ("changes", "error", "message"),
     [
         ({"weights": "nonsense_proj"}, ConfigError, "nonsense_proj"),
+        ({"weights": "down_proj,o_porj"}, ConfigError, "o_porj"),
         ({"rank": 0}, ConfigError, "rank"),
         ({"beta": 0.0}, ConfigError, "beta"),
         ({"lr": math.nan}, ConfigError, "lr"),

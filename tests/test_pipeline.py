@@ -625,3 +625,25 @@ def test_defaults_are_of_the_type_that_is_asked_for(cls: type) -> None:
     defaults = vars(cls())
     assert settings_of(cls, defaults, "test") == cls()
     assert settings_of(cls, {}, "test") == cls()
+
+
+def test_a_selection_of_an_earlier_run_is_taken_as_it_is(
+    micro: Any, micro_data: Path, finished: Finished, tmp_path: Path
+) -> None:
+    given = {"saes": str(finished.root / "saes"), "selection": str(finished.root / "selection.json")}
+    events: list[dict[str, Any]] = []
+    run = unlearn(run_config(micro, micro_data, **given), tmp_path / "run", Progress(events.append))
+    assert read(run.selection_file) == read(finished.root / "selection.json")
+    assert not [e for e in events if "scores" in e.get("what", "")]
+    assert read(run.erasure_dir / "erasure.json")["parts"] == read(finished.run.erasure_dir / "erasure.json")["parts"]
+
+
+def test_a_selection_made_elsewhere_is_refused_at_once(
+    micro: Any, micro_data: Path, finished: Finished, tmp_path: Path
+) -> None:
+    foreign = read(finished.root / "selection.json")
+    foreign["forget_fingerprint"] = "0" * 64
+    (tmp_path / "selection.json").write_text(json.dumps(foreign))
+    config = run_config(micro, micro_data, selection=str(tmp_path / "selection.json"))
+    with pytest.raises(SelectionError, match="another forget set"):
+        unlearn(config, tmp_path / "run", NoTraining())

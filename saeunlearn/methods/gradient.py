@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
@@ -95,7 +96,7 @@ class Trained:
     budget: dict[str, float]
 
 
-class GradientMethod:
+class GradientMethod(ABC):
     """A method that is its objective; see `GradientConfig`. A subclass has name, Config, paper, cost, `objective`.
 
     One that trains something else than the model's weights also overrides `subject`, `training`, `edit` and `scaled`.
@@ -109,9 +110,9 @@ class GradientMethod:
     kind: Literal["weights", "offset"] = "weights"
     changes = "weights of your choice: a LoRA, modules, or all"
 
+    @abstractmethod
     def objective(self, task: Task) -> Objective:
         """The losses; called once, before training."""
-        raise NotImplementedError
 
     def check(self, model: LanguageModel, config: Any) -> None:
         """Raises ConfigError naming the setting that is out of range."""

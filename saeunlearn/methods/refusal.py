@@ -18,6 +18,7 @@ from ..models import LanguageModel, Writer
 from ..progress import Progress
 from ..tokens import TokenPart, live_rows, matrices, token_id
 from .deltas import attached, frozen, new_deltas
+from .trainable import rms
 
 if TYPE_CHECKING:
     from .unierase import UniEraseConfig
@@ -91,7 +92,7 @@ def learn_token(
     rows = [_typical_row(m.weight, at, generator) for m in (embedding, head) if m is not None]
     start = TokenPart.of(model, config.token, *rows)
     free = [nn.Parameter(r) for r in rows]
-    sizes = [float(m.weight.detach()[:at].float().pow(2).mean().sqrt()) for m in (embedding, head) if m is not None]
+    sizes = [rms(m.weight[:at]) for m in (embedding, head) if m is not None]
     longest = [float(m.weight.detach()[:at].float().norm(dim=-1).mean()) for m in (embedding, head) if m is not None]
     optimiser = torch.optim.AdamW(
         [{"params": [p], "lr": config.token_lr * s} for p, s in zip(free, sizes)], weight_decay=0.0

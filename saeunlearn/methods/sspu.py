@@ -32,6 +32,7 @@ from ..updates import Rule, make_update
 from .batches import known, shared_prefixes, stacked, with_swapped_tokens
 from .budget import Budget, some
 from .deltas import Delta, attached, frozen, new_deltas
+from .trainable import rms
 
 
 @dataclass(frozen=True)
@@ -199,9 +200,9 @@ def fit(run: SSPURun, progress: Progress) -> list[dict[str, float]]:
     The budget steers α and stops a run that ruins the model.
     """
     cfg, model, layer = run.config, run.model, run.selection.layer
-    rms = [float(d.writer.weight.detach().float().pow(2).mean().sqrt()) for d in run.deltas]
+    sizes = [rms(d.writer.weight) for d in run.deltas]
     groups: list[dict[str, Any]] = [
-        {"params": [d.free], "lr": cfg.lr * s, "peak": cfg.lr * s} for d, s in zip(run.deltas, rms)
+        {"params": [d.free], "lr": cfg.lr * s, "peak": cfg.lr * s} for d, s in zip(run.deltas, sizes)
     ]
     update = make_update(cfg.update, groups, cfg.precondition, joint=True)
     w0 = sum(float(d.writer.weight.detach().float().pow(2).sum()) for d in run.deltas)

@@ -61,10 +61,11 @@ def check_weights(model: LanguageModel, weights: str, rank: int) -> None:
         raise ConfigError(f"rank must be at least 1, not {rank}")
     if hasattr(model.model, "peft_config"):
         raise ModelError(f"{model.name} carries a PEFT adapter: merge it first")
-    if weights not in ("all", "lora") and not chosen(model, weights):
-        raise ConfigError(
-            f"{model.name} has no weights named {weights}; use all, lora, or names such as down_proj,o_proj"
-        )
+    for name in () if weights in ("all", "lora") else weights.split(","):
+        if not chosen(model, name):
+            raise ConfigError(
+                f"{model.name} has no weights named {name}; use all, lora, or names such as down_proj,o_proj"
+            )
 
 
 def chosen(model: LanguageModel, weights: str) -> list[str]:
