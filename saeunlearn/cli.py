@@ -85,9 +85,11 @@ def demo(args: argparse.Namespace) -> None:
 
 def sandbox(args: argparse.Namespace) -> None:
     from .progress import ConsoleProgress
-    from .sandbox.build import SandboxConfig, WorldConfig, build
+    from .sandbox.build import SandboxConfig, WorldConfig, build, build_oracle
 
     box = build(SandboxConfig(world=WorldConfig(seed=args.seed)), ConsoleProgress(), args.out)
+    if args.oracle:
+        build_oracle(box, ConsoleProgress())
     scores = box.describe()["multiple_choice"]
     print(f"{box.root}\n  model/  forget.jsonl  retain.jsonl  questions.jsonl  train.jsonl\n"
           f"  multiple choice: seen phrasings {scores['seen']:.3f}, held-out {scores['held_out']:.3f}")  # fmt: skip

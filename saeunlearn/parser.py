@@ -32,6 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     p = verb("sandbox", "build the fictional world and the small model that learns it")
     p.add_argument("action", choices=["build"])
     p.add_argument("--out", type=Path, help="folder to build in (default: the user cache)")
+    p.add_argument("--oracle", action="store_true", help="also train the model that never saw the forget set")
     add_common(p)
 
     p = verb("train-saes", "train SAEs on the residual stream of many layers from one forward pass")

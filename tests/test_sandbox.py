@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections import Counter, defaultdict
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from saeunlearn.evaluation.metrics import multiple_choice
 from saeunlearn.models import LanguageModel
 from saeunlearn.progress import Progress
 from saeunlearn.sandbox import build as sandbox_build
-from saeunlearn.sandbox.build import Sandbox, build, train_tokenizer
+from saeunlearn.sandbox.build import Sandbox, build, build_oracle, train_tokenizer
 from saeunlearn.sandbox.world import World, WorldConfig, make_world
 from saeunlearn.training import TrainConfig
 
@@ -291,11 +292,28 @@ def test_one_config_gives_one_model(micro: Sandbox) -> None:
     def weights(drawn_before: int) -> dict[str, torch.Tensor]:
         torch.manual_seed(drawn_before)
         config = replace(CONFIG, training=TrainConfig(steps=3))
-        lm, _ = sandbox_build.learn(config, make_world(config.world), Progress())
+        texts = make_world(config.world).train
+        lm, _ = sandbox_build.learn(config, train_tokenizer(texts, config.vocabulary), texts, Progress(), "test")
         return {n: p.detach().clone() for n, p in lm.model.named_parameters()}
 
     one, again = weights(1), weights(2)
     assert all(torch.equal(one[n], again[n]) for n in one)
+
+
+@pytest.mark.slow
+def test_the_oracle_knows_all_but_the_forget_facts(micro: Sandbox, tmp_path: Path) -> None:
+    own = Sandbox(tmp_path / "sandbox")
+    shutil.copytree(micro.root, own.root)
+    folder = build_oracle(own, Progress())
+    model, oracle = LanguageModel.open(own.model), LanguageModel.open(folder)
+    assert oracle.vocabulary == model.vocabulary
+    questions = Corpus.load(own.questions)
+    forget = Corpus(tuple(q for q in questions if q.meta["set"] == "forget"), "forget")
+    rest = Corpus(tuple(q for q in questions if q.meta["set"] != "forget"), "rest")
+    assert multiple_choice(model, forget).mean >= 0.95
+    assert multiple_choice(oracle, forget).mean <= 0.6  # 16 facts with four values: chance is .25
+    assert multiple_choice(oracle, rest).mean >= 0.95
+    assert build_oracle(own, NoTraining()) == folder
 
 
 def test_the_tokenizer_spells_any_text() -> None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from ..evaluation.metrics import multiple_choice
 from ..models import LanguageModel
 from ..progress import Progress
 from ..training import TrainConfig, train
-from .world import World, WorldConfig, make_world
+from .world import WorldConfig, make_world
 
 SCHEMA = 2
 
@@ -70,6 +70,11 @@ class Sandbox:
     def questions(self) -> Path:
         return self.root / "questions.jsonl"
 
+    @property
+    def oracle(self) -> Path:
+        """Where `build_oracle` puts the model that never saw the forget records."""
+        return self.root / "oracle"
+
     def describe(self) -> dict[str, Any]:
         return json.loads((self.root / "world.json").read_text())
 
@@ -101,7 +106,8 @@ def build(config: SandboxConfig, progress: Progress, root: Path | None = None) -
         write_jsonl(work / "forget.jsonl", world.forget)
         write_jsonl(work / "retain.jsonl", world.retain)
         write_jsonl(work / "questions.jsonl", world.questions)
-        model, losses = learn(config, world, progress)
+        tokenizer = train_tokenizer(world.train, config.vocabulary)
+        model, losses = learn(config, tokenizer, world.train, progress, "sandbox: training the model")
         accuracy = {}
         for phrasing in ("seen", "held_out"):
             group = Corpus(tuple(q for q in world.questions if q.meta["phrasing"] == phrasing), phrasing)
@@ -121,11 +127,44 @@ def build(config: SandboxConfig, progress: Progress, root: Path | None = None) -
     return Sandbox(root)
 
 
-def learn(config: SandboxConfig, world: World, progress: Progress) -> tuple[LanguageModel, list[float]]:
-    """A tokenizer trained on the world's sentences and a Llama trained from scratch on them; (model, losses)."""
+def build_oracle(box: Sandbox, progress: Progress) -> Path:
+    """The sandbox's model trained anew without the forget records: same start, steps and tokenizer. Cached.
+
+    Raises ModelError where it did not learn the rest: near or far held-out phrasings below .98 multiple choice.
+    """
+    if (box.oracle / "oracle.json").exists():
+        return box.oracle
+    info = box.describe()["config"]
+    config = SandboxConfig(
+        **{**info, "world": WorldConfig(**info["world"]), "training": TrainConfig(**info["training"])}
+    )
+    world = make_world(config.world)
+    left_out = {r.id for r in world.forget}
+    texts = [t for t in world.train if Record(text=t).id not in left_out]
+    started = time.monotonic()
+    with atomic_folder(box.oracle) as work:
+        tokenizer = LanguageModel.open(box.model, device="cpu").tokenizer
+        model, losses = learn(config, tokenizer, texts, progress, "sandbox: training the oracle")
+        kept = [q for q in world.questions if q.meta["set"] != "forget" and q.meta["phrasing"] == "held_out"]
+        accuracy = multiple_choice(model, Corpus(tuple(kept), "kept")).mean
+        if accuracy < 0.98:
+            raise ModelError(
+                f"the oracle of world {config.world.seed} reached only {accuracy:.3f} on what it should know"
+            )
+        model.save(work)
+        write_json(work / "oracle.json", {
+            "schema": SCHEMA, "steps": config.training.steps, "sentences": len(texts), "final_loss": losses[-1],
+            "kept": accuracy, "seconds": round(time.monotonic() - started, 1),
+        })  # fmt: skip
+    return box.oracle
+
+
+def learn(
+    config: SandboxConfig, tokenizer: Any, texts: Sequence[str], progress: Progress, what: str
+) -> tuple[LanguageModel, list[float]]:
+    """A Llama trained from scratch on the sentences; (model, losses)."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = train_tokenizer(world.train, config.vocabulary)
     torch.manual_seed(config.world.seed)
     net = LlamaForCausalLM(
         LlamaConfig(
@@ -136,9 +175,9 @@ def learn(config: SandboxConfig, world: World, progress: Progress) -> tuple[Lang
         )
     )  # fmt: skip
     model = LanguageModel(net, tokenizer, name=f"sandbox-seed{config.world.seed}")
-    corpus = Corpus.of([t + tokenizer.eos_token for t in world.train], "train")
+    corpus = Corpus.of([t + tokenizer.eos_token for t in texts], "train")
     rows = endless(windows(corpus, model), model.pad_id, config.batch, config.world.seed)
-    return model, train(model, rows, config.training, progress, "sandbox: training the model")
+    return model, train(model, rows, config.training, progress, what)
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
