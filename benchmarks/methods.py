@@ -4,7 +4,8 @@
 
 Each run is a process of its own (so that its peak memory is its own) and leaves a JSON file; finished ones are not
 repeated, and several processes may share a folder. Methods that need SAEs and a selection get those of SSPU's own run
-of the same seed; SSPU runs with the settings of `saeunlearn demo`. Writes table.md: forget as it is, near and far as
+of the same seed; SSPU runs with the settings of `saeunlearn demo`; delta's small model has half the blocks and learned
+the same world. Writes table.md: forget as it is, near and far as
 shares of the original (the worst of seen, held-out and untouched); `generated`: the share of questions whose greedy
 continuation is the right answer; the retain loss: its rise on near and far text; memory: the rise of the peak.
 """
@@ -32,7 +33,8 @@ from saeunlearn.methods import METHODS, get_method
 from saeunlearn.methods.sspu import SSPUConfig
 from saeunlearn.pipeline import settings_of
 from saeunlearn.progress import ConsoleProgress
-from saeunlearn.sandbox.build import DEMO_SETTINGS
+from saeunlearn.sandbox.build import DEMO_SETTINGS, SandboxConfig, WorldConfig, learn
+from saeunlearn.sandbox.world import make_world
 
 DEMO = {"sspu": DEMO_SETTINGS, "sspu-soft": {**DEMO_SETTINGS, "form": "soft"}}
 
@@ -58,9 +60,22 @@ def selection_of(world: World, seed: int, out: Path) -> Selection:
     return Selection.load(file)
 
 
+def offset_model(world: World, out: Path) -> Path:
+    """A model of half the blocks that learned the same world with the same tokenizer, made once."""
+    folder = out / f"offset-{world.seed}"
+    if not folder.exists():
+        config = SandboxConfig(world=WorldConfig(seed=world.seed), blocks=2)
+        texts = make_world(config.world).train
+        small, _ = learn(config, world.model.tokenizer, texts, ConsoleProgress(), "training the offset model")
+        small.save(folder)
+    return folder
+
+
 def one(seed_of_world: int, name: str, given: dict[str, Any], seed: int, out: Path) -> dict[str, Any]:
     world = World(seed_of_world, out)
     method = get_method("sspu" if name.startswith("sspu") else name)
+    if name == "delta":
+        given = given | {"offset_model": str(offset_model(world, out))}
     config = settings_of(method.Config, DEMO.get(name, {}) | given, name)
     selection = selection_of(world, seed, out) if "selection" in method.needs else None
     before = measure(world)
@@ -124,7 +139,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worlds", type=int, nargs="+", default=[31, 32, 33])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", default=[n for n in METHODS if n != "delta"] + ["sspu-soft"])
+    parser.add_argument("--methods", nargs="+", default=[*METHODS, "sspu-soft"])
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of all methods")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/methods"))
     parser.add_argument("--threads", type=int)

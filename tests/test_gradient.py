@@ -310,3 +310,18 @@ def test_every_registered_method_describes_itself() -> None:
         assert m.needs <= {"saes", "selection"}
         assert all(len(text) > 5 for text in (m.changes, m.paper, m.cost))
         assert m.Config()
+
+
+def test_dpo_is_the_preference_model_of_bradley_and_terry() -> None:
+    from saeunlearn.methods.objectives import dpo
+
+    g = torch.Generator().manual_seed(0)
+    yes, yes0, no, no0 = (-torch.rand(4, 5, generator=g, dtype=torch.float64) for _ in range(4))
+    yes.requires_grad_()
+    value = dpo((yes, yes0), (no, no0), beta=0.3)
+    wanted, unwanted = ((a.sum(-1).exp() / b.sum(-1).exp()) ** 0.3 for a, b in ((yes, yes0), (no, no0)))
+    preferred = wanted / (wanted + unwanted)
+    assert value.item() == pytest.approx(float(-preferred.log().mean() / 0.3), abs=1e-12)
+    value.backward()
+    # d/dy −log σ(βm)/β = −(1 − σ(βm)), shared by the batch of four
+    torch.testing.assert_close(yes.grad, (-(1 - preferred) / 4)[:, None].expand(4, 5).detach())
