@@ -156,13 +156,39 @@ def test_stream_reaches_its_target_exactly_without_constraint(checkpoints: Check
     with frozen(lm):
         z = u.targets(lm, asked, 2, config, Progress())
         h = u.read(lm, asked, writers[0], 2, config)[2]
-        deltas, keys, _ = u.edit(lm, asked, writers, [eye], [zero.double()], config, Progress())
+        deltas, keys, _ = u.edit(lm, asked, [], writers, [eye], [zero.double()], config, Progress())
         with attached(deltas):
             reached = u.read(lm, asked, writers[0], 2, config)[2]
     undo()
     assert keys[0].shape == (writers[0].d_in, len(FORGET))
     assert float((z - h).norm()) > 1.0
     assert float((z - reached).norm()) < 1e-3 * float((z - h).norm())
+
+
+def test_held_prompts_weigh_like_ridge_regression_says(checkpoints: Checkpoints) -> None:
+    lm = LanguageModel.open(checkpoints("llama"), device="cpu")
+    config = replace(CONFIG, blocks=1, lam=0.1, hold=2.0)
+    asked, beside, writers = prompts(FORGET, lm), prompts(RETAIN, lm), u.edited(lm, config)
+    eye, zero = (f(writers[0].d_in, dtype=torch.float64) for f in (torch.eye, lambda n, dtype: torch.zeros(n, n)))
+    part, _ = learn_token(lm, asked, writers, config, 0, Progress())
+    undo = part.apply(lm)
+    with frozen(lm):
+        z = u.targets(lm, asked, 2, config, Progress())
+        k, _, h = u.read(lm, asked, writers[0], 2, config)
+        held = u.read(lm, beside, writers[0], 2, config)[0]
+        (free,), _, _ = u.edit(lm, asked, [], writers, [eye], [zero.double()], config, Progress())
+        (delta,), _, _ = u.edit(lm, asked, beside, writers, [eye], [zero.double()], config, Progress())
+    undo()
+    # min ‖ΔK − R‖² + 2 (n/m) ‖ΔH‖² + λ‖Δ‖², as least squares over stacked rows
+    weight = 2.0 * len(asked) / len(beside)
+    lam = 0.1 * float((k.T @ k + weight * held.T @ held).trace()) / k.shape[1]
+    rows = torch.cat([k, weight**0.5 * held, lam**0.5 * eye])
+    goal = torch.cat([z - h, torch.zeros(len(rows) - len(k), h.shape[1], dtype=torch.float64)])
+    want = torch.linalg.lstsq(rows, goal).solution.T
+    torch.testing.assert_close(delta.matrix().double(), want, atol=1e-4 * float(want.abs().max()), rtol=0)
+    assert float((held @ delta.matrix().detach().double().T).norm()) < 0.5 * float(
+        (held @ free.matrix().detach().double().T).norm()
+    )
 
 
 def test_change_before_gemmas_norm_gives_the_direction_asked_for(checkpoints: Checkpoints) -> None:

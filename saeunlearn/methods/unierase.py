@@ -35,6 +35,7 @@ from .deltas import Delta, attached, frozen
 from .nullspace import null_space, retain_covariances, solve, wide
 from .refusal import learn_token, prompts
 
+HELD = 2000  # retain prompts whose ends are held
 ENOUGH = 0.05  # nats: a prompt's target is not pushed further below this loss
 
 
@@ -53,9 +54,10 @@ class UniEraseConfig:
     top: int | None = None  # last edited block; None: at three quarters of the depth (paper: 8 of 32, at the subject)
     z_steps: int = 25  # gradient steps for the target at the top block (AlphaEdit: 25)
     z_lr: float = 0.1  # relative to the activation's root mean square (AlphaEdit: 0.1, absolute)
-    clamp: float = 0.75  # largest ‖z − h‖ / ‖h‖ (AlphaEdit: 0.75)
-    cut: float = 0.05  # null space: eigenvalues up to this share of the mean one (paper: 2e-2, absolute)
-    lam: float = 0.1  # λ relative to the mean eigenvalue of the edits' keys (paper: 10, absolute)
+    clamp: float = 1.0  # largest ‖z − h‖ / ‖h‖ (AlphaEdit: 0.75)
+    cut: float = 0.5  # null space: eigenvalues up to this share of the mean one (paper: 2e-2, absolute)
+    hold: float = 1.0  # weight of the ends of retain prompts, as many as forget prompts counted (paper: 0)
+    lam: float = 0.01  # λ relative to the mean eigenvalue of the edits' keys (paper: 10, absolute)
     max_length: int = 256  # tokens in a retain window
     max_retain_rise: float = 0.02  # relative rise of the loss on held-out retain records that the result keeps to
 
@@ -107,6 +109,7 @@ def sequential(
     part_of_retain, held = retain.split(0.2, seed)
     items, held_items = (windows(c, model, config.max_length) for c in (part_of_retain, held))
     held_items = some(held_items, seed)
+    beside = prompts(part_of_retain.sample(HELD, seed), model) if config.hold else []
     writers = edited(model, config)
     bases = [null_space(c, config.cut) for c in retain_covariances(model, items, writers, progress)]
     previous = [torch.zeros(w.d_in, w.d_in, dtype=torch.float64, device=v.device) for w, v in zip(writers, bases)]
@@ -122,7 +125,7 @@ def sequential(
             with contextlib.ExitStack() as with_token:
                 with_token.callback(part.apply(model))
                 with_token.enter_context(frozen(model))
-                deltas, keys, extra = edit(model, own, writers, bases, previous, config, progress)
+                deltas, keys, extra = edit(model, own, beside, writers, bases, previous, config, progress)
                 extra["budget"] = budget.settle(partial(attached, deltas), most=1.0)
                 for d in deltas:
                     d.free.data *= extra["budget"]["scale"]
@@ -146,7 +149,7 @@ def check_config(model: LanguageModel, config: UniEraseConfig) -> None:
                  "max_retain_rise"):  # fmt: skip
         if not getattr(config, name) > 0:
             raise ConfigError(f"{name} must be positive, not {getattr(config, name)}")
-    for name in ("noise_rounds", "noise_steps", "noise"):
+    for name in ("noise_rounds", "noise_steps", "noise", "hold"):
         if not getattr(config, name) >= 0:
             raise ConfigError(f"{name} must not be negative, not {getattr(config, name)}")
     if not math.isfinite(config.max_retain_rise):
@@ -176,11 +179,13 @@ def edited(model: LanguageModel, config: UniEraseConfig) -> list[Writer]:
 
 
 def edit(
-    model: LanguageModel, asked: Sequence[Window], writers: Sequence[Writer], bases: Sequence[Tensor],
-    previous: Sequence[Tensor], config: UniEraseConfig, progress: Progress,
+    model: LanguageModel, asked: Sequence[Window], beside: Sequence[Window], writers: Sequence[Writer],
+    bases: Sequence[Tensor], previous: Sequence[Tensor], config: UniEraseConfig, progress: Progress,
 ) -> tuple[list[Delta], list[Tensor], dict[str, Any]]:  # fmt: skip
     """The closed-form deltas of all writers, the keys [d_in, n] they were solved for, and what was measured.
 
+    The keys at the ends of the prompts `beside` are held like those of earlier edits, times `hold`. Among all
+    positions of retain text they are few, so that the null space alone does not spare them.
     For the i-th of n writers R = (z − h)/(n − i), with h read again after each edit.
     """
     top = writers[-1].block
@@ -193,6 +198,9 @@ def edit(
     for i, (writer, v, c) in enumerate(zip(writers, bases, previous)):
         with attached(deltas):
             k, y, h = read(model, asked, writer, top, config)
+            if beside:
+                near = read(model, beside, writer, top, config)[0]
+                c = c.to(k) + config.hold * len(asked) / len(beside) * near.T @ near
         gaps.append((z - h).norm())
         # d_out × n: what the matrix itself should write more, one column a prompt.
         residual = before_norm(writer, y, (z - h) / (len(writers) - i)).T
