@@ -98,6 +98,9 @@ def main() -> None:
     for seed in [0] if args.run else args.seeds:
         for method in ["sspu"] if args.run else args.methods:
             run = args.run or carry_out(method, seed, model, files, args.out)
+            if run is None:
+                print(f"{method}, seed {seed}: failed", flush=True)
+                continue
             result = score(model, run / "erasure", args.data)
             selection = run / "selection.json"
             result["layer"] = json.loads(selection.read_text())["layer"] if selection.exists() else None
@@ -111,8 +114,8 @@ def main() -> None:
     write_json(args.out / "birds.json", results)
 
 
-def carry_out(method: str, seed: int, model: Path, files: list[Path], out: Path) -> Path:
-    """The run directory of a method, made unless it is there."""
+def carry_out(method: str, seed: int, model: Path, files: list[Path], out: Path) -> Path | None:
+    """The run directory of a method, made unless it is there; None where the method says that it cannot."""
     run = out / (f"run-{seed}" if method == "sspu" else f"run-{method}-{seed}")
     command = ["unlearn", "--model", str(model), "--forget", str(files[0]), "--retain", str(files[1]),
                "--method", method, "--out", str(run), "--seed", str(seed)]  # fmt: skip
@@ -124,9 +127,10 @@ def carry_out(method: str, seed: int, model: Path, files: list[Path], out: Path)
         command += ["--saes", str(saes)]
         if "selection" in needs and method != "sspu":
             command += ["--selection", str(out / f"run-{seed}" / "selection.json")]
-    if (status := saeunlearn(command)) != 0:
-        raise SystemExit(status)
-    return run
+    status = saeunlearn(command)
+    if status == 130:
+        raise KeyboardInterrupt
+    return run if status == 0 else None
 
 
 if __name__ == "__main__":

@@ -325,3 +325,32 @@ def test_dpo_is_the_preference_model_of_bradley_and_terry() -> None:
     value.backward()
     # d/dy −log σ(βm)/β = −(1 − σ(βm)), shared by the batch of four
     torch.testing.assert_close(yes.grad, (-(1 - preferred) / 4)[:, None].expand(4, 5).detach())
+
+
+def test_steps_that_leave_nothing_within_the_budget_are_made_shorter(llama: LanguageModel, monkeypatch: Any) -> None:
+    from saeunlearn.methods.budget import Budget, OverBudgetError
+
+    settle, tried, events = Budget.settle, [], []
+
+    def twice_too_much(self: Budget, *args: Any, **kwargs: Any) -> dict[str, float]:
+        tried.append(1)
+        if len(tried) < 3:
+            raise OverBudgetError("no strength")
+        return settle(self, *args, **kwargs)
+
+    def run() -> Any:
+        return get_method("graddiff").unlearn(
+            llama, FORGET, RETAIN, config=config_of("graddiff", lr=0.08), selection=None, saes={}, seed=0,
+            progress=Progress(events.append),
+        )  # fmt: skip
+
+    monkeypatch.setattr(Budget, "settle", twice_too_much)
+    erasure = run()
+    assert erasure.manifest["extra"]["budget"]["lr"] == pytest.approx(0.08 / 16)
+    assert erasure.manifest["losses"] == erase(llama, "graddiff", lr=0.08 / 16).manifest["losses"]
+    said = [e["message"] for e in events if e["event"] == "note"]
+    assert len(said) == 2
+    assert "0.02" in said[0]
+    monkeypatch.setattr(Budget, "settle", lambda *_a, **_k: (_ for _ in ()).throw(OverBudgetError("no strength")))
+    with pytest.raises(OverBudgetError, match="no strength"):
+        run()

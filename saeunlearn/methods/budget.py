@@ -27,6 +27,10 @@ MAX_SCALE = 1.5  # of what was learned, where the budget has room
 RUINED = 1.0  # relative rise at which a run ends at once
 
 
+class OverBudgetError(ConfigError):
+    """No strength of an edit keeps the limits."""
+
+
 @dataclass(frozen=True)
 class Watch:
     """Text whose loss may rise by `limit` (relative to `base`, nats a token).
@@ -88,7 +92,7 @@ class Budget:
     def settle(self, edit: Edit, most: float = MAX_SCALE) -> dict[str, float]:
         """The largest `scale` (at most `most`) within all limits, and what it costs.
 
-        Raises ConfigError where not even a hundredth of the edit keeps the limits.
+        Raises OverBudgetError where not even a hundredth of the edit keeps the limits.
         """
         scale, rises = most, self.measure_rises(edit, most)
         if not self.used(rises) <= 1:
@@ -102,7 +106,7 @@ class Budget:
                     high = middle
             if scale == 0:
                 limits = ", ".join(f"{n} {w.limit:.2%}" for n, w in self.watches.items())
-                raise ConfigError(
+                raise OverBudgetError(
                     f"no strength of this edit keeps the limits ({limits}): raise them, or lower lr where there is one"
                 )
         said = {"scale": scale}

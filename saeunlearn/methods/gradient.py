@@ -23,7 +23,7 @@ from ..parts import WeightDelta
 from ..progress import Progress
 from ..training import one_cycle
 from ..updates import Rule, make_update
-from .budget import Budget, Edit, some
+from .budget import Budget, Edit, OverBudgetError, some
 from .trainable import Trainable, check_weights, edited, trainable
 
 
@@ -49,6 +49,9 @@ class GradientConfig(LoopConfig):
     weights: str = "lora"  # what is trained: all, lora, or module names such as down_proj,o_proj (papers: all)
     rank: int = 8  # of the LoRA; its alpha is the same
 
+
+ATTEMPTS = 3  # at a step length with which anything is left within the budget
+SHORTER = 4.0  # by which the learning rate is divided after a failed one
 
 POSITIVE = ("rank", "lr", "steps", "batch", "max_retain_rise", "check_every", "beta", "bound", "steering", "blocks",
             "offset_weight")  # fmt: skip
@@ -151,7 +154,9 @@ class GradientMethod(ABC):
 
         Losses use the targets of each text: the answer of a question/answer pair, else all tokens but the first. The
         budget raises the weight of the retain loss where it is overdrawn, ends a run that ruins the model, and scales
-        the result to the strength that it allows. Raises ConfigError, OverlapError, NonFiniteError, Cancelled.
+        the result to the strength that it allows; where that is none, the run is repeated with shorter steps, twice at
+        most, and says so (`extra["budget"]["lr"]` of the manifest). Raises ConfigError, OverlapError, NonFiniteError,
+        Cancelled.
         """
         self.check(model, config)
         refuse_overlap(forget, retain)
@@ -171,13 +176,21 @@ class GradientMethod(ABC):
         objective = self.objective(task)
         budget = Budget(task.model)
         budget.watch("retain", some(windows(held, task.model, config.max_length), seed), config.max_retain_rise)
-        with self.training(task) as trained:
-            losses = _fit(trained, budget, f_items, r_items, config, seed, progress, self.name, objective)
-            parts = trained.parts()
-        if not parts:
-            raise ConfigError(f"{self.name} changed nothing: raise lr or steps")
-        said = budget.settle(self.edit(task.model, parts))
-        return Trained([self.scaled(p, said["scale"]) for p in parts], losses, said)
+        for attempt in range(ATTEMPTS):
+            now = replace(config, lr=config.lr / SHORTER**attempt)
+            with self.training(task) as trained:
+                losses = _fit(trained, budget, f_items, r_items, now, seed, progress, self.name, objective)
+                parts = trained.parts()
+            if not parts:
+                raise ConfigError(f"{self.name} changed nothing: raise lr or steps")
+            try:
+                said = budget.settle(self.edit(task.model, parts))
+                break
+            except OverBudgetError as e:
+                if attempt + 1 == ATTEMPTS:
+                    raise
+                progress.note(f"{self.name}, lr {now.lr:g}: {e}; again with lr {now.lr / SHORTER:g}")
+        return Trained([self.scaled(p, said["scale"]) for p in parts], losses, {**said, "lr": now.lr})
 
 
 def _fit(trained: Trainable, budget: Budget, f_items: list[Window], r_items: list[Window], config: Any, seed: int,
