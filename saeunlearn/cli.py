@@ -215,6 +215,10 @@ def evaluate(args: argparse.Namespace) -> None:
 
     if args.ban and not args.erasure:
         raise ConfigError("--ban keeps the token of an Erasure from being decoded: give --erasure")
+    if args.harness is not None:
+        return evaluate_harness(args)
+    if args.harness_path or args.limit is not None or args.include_text:
+        raise ConfigError("--harness-path, --limit and --include-text belong to --harness")
     texts = {n: Corpus.load(f) for n, f in named_files(args.text, "--text").items()}
     questions = Corpus.load(args.questions) if args.questions else None
     if not texts and questions is None and not args.prompt:
@@ -236,6 +240,27 @@ def evaluate(args: argparse.Namespace) -> None:
     else:
         print(json.dumps(without_values(result), indent=1, ensure_ascii=False))
     if args.out:
+        write_json(args.out, result)
+
+
+def evaluate_harness(args: argparse.Namespace) -> None:
+    from .checkpoints import write_json
+    from .erasure import Erasure
+    from .evaluation.harness import before_and_after, load_tasks, table
+    from .models import LanguageModel
+    from .progress import ConsoleProgress
+
+    if args.questions or args.text or args.prompt:
+        raise ConfigError("--harness measures its tasks alone: leave out --questions, --text and --prompt")
+    progress = ConsoleProgress()
+    erasure = Erasure.load(args.erasure) if args.erasure else None
+    tasks = load_tasks([args.harness], args.harness_path, progress)
+    model = LanguageModel.open(args.model, device=args.device, dtype=args.dtype)
+    result = before_and_after(model, tasks, erasure, ban=args.ban, limit=args.limit, seed=args.seed,
+                              include_text=args.include_text, progress=progress)  # fmt: skip
+    print(table(result["comparison"]))
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.out, result)
 
 

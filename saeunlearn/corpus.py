@@ -72,26 +72,15 @@ class Corpus:
 
     @classmethod
     def load(cls, source: str | Path, *, split: str = "train") -> Corpus:
-        """Read a JSONL, JSON or text file, or a Hugging Face data set (folder or hub id, `id:config`).
+        """Read a JSONL, JSON, text, CSV or Parquet file, or a Hugging Face data set.
 
-        Known shapes: `text`; `question`/`answer`; `prompt`/`response`; `input`/`output`;
-        `question`/`choices`/`answer` (answer an index or one of the choices); TOFU's `option1…` and
-        `perturbed_answer`; lists of strings; several JSON arrays one after another; plain lines.
-        Raises CorpusError naming file and record.
+        A data set is a folder or hub id, `id:config`, `id:config@split` (a split that is named there wins).
+        `saeunlearn.shapes` lists the fields that are known: those of TOFU, MUSE, WMDP, MMLU, LUME and RWKU,
+        and plain ones. Raises CorpusError naming file and record.
         """
-        path = Path(source).expanduser()
-        if path.is_file():
-            try:
-                rows = list(_read_rows(path.read_text(encoding="utf-8"), str(path)))
-            except UnicodeDecodeError as e:
-                raise CorpusError(f"{path} is not UTF-8 text: {e}") from e
-            name = path.stem
-        else:
-            if not path.is_dir() and (path.suffix or str(source).startswith((".", "/", "~"))):
-                raise CorpusError(f"{source} does not exist")
-            rows = _read_dataset(str(source), split)
-            name = path.name
-        records = tuple(_to_record(r, f"{source}, record {i + 1}") for i, r in enumerate(rows))
+        from .shapes import read
+
+        name, records = read(source, split)
         if not records:
             raise CorpusError(f"{source} holds no records")
         return cls(records, name)
@@ -283,87 +272,3 @@ def write_jsonl(path: Path, records: Iterable[Record]) -> None:
             if r.choices:
                 row["choices"] = list(r.choices)
             f.write(json.dumps({**row, **r.meta}, ensure_ascii=False) + "\n")
-
-
-def _read_rows(text: str, where: str) -> Iterator[Any]:
-    """Records of JSONL, one JSON list, several JSON lists in a row, or plain lines."""
-    body = text.lstrip("\ufeff \t\r\n")
-    if not body:
-        raise CorpusError(f"{where} is empty")
-    skipped = text[: len(text) - len(body)].count("\n")
-    if body[0] not in "{[" and not _is_json(body.splitlines()[0]):  # a story may begin with a quotation mark
-        yield from (line.strip() for line in body.splitlines() if line.strip())
-        return
-    decoder = json.JSONDecoder()
-    at = 0
-    while at < len(body):
-        try:
-            value, end = decoder.raw_decode(body, at)
-        except json.JSONDecodeError as e:
-            line = skipped + body.count("\n", 0, e.pos) + 1
-            raise CorpusError(f"{where}, line {line}: not valid JSON ({e.msg})") from e
-        yield from value if isinstance(value, list) else [value]
-        at = end
-        while at < len(body) and body[at] in " \t\r\n,":
-            at += 1
-
-
-def _is_json(line: str) -> bool:
-    try:
-        return isinstance(json.loads(line), str)
-    except json.JSONDecodeError:
-        return False
-
-
-def _read_dataset(source: str, split: str) -> list[Any]:
-    import datasets
-
-    name, _, config = source.partition(":")
-    try:
-        if Path(name).is_dir() and (Path(name) / "dataset_info.json").exists():
-            data = datasets.load_from_disk(name)
-        elif Path(name).is_dir() and (Path(name) / "dataset_dict.json").exists():
-            data = datasets.load_from_disk(name)[split]
-        else:
-            data = datasets.load_dataset(name, config or None, split=split)
-    except Exception as e:  # datasets raises a dozen unrelated types for "not there"
-        raise CorpusError(f"cannot read the data set {source!r} (split {split!r}): {e}") from e
-    return list(data)
-
-
-_PAIRS = (("question", "answer"), ("prompt", "response"), ("input", "output"))
-
-
-def _to_record(row: Any, where: str) -> Record:
-    if isinstance(row, str):
-        row = {"text": row}
-    if not isinstance(row, Mapping):
-        raise CorpusError(f"{where}: expected an object or a string, got {type(row).__name__}")
-    if isinstance(row.get("text"), str) and row["text"].strip():
-        return Record(text=row["text"], meta={k: v for k, v in row.items() if k != "text"})
-    for q, a in _PAIRS:
-        if q in row and a in row:
-            choices = row.get("choices")
-            if choices is None and "option1" in row:
-                choices = [row[k] for k in sorted(row) if re.fullmatch(r"option\d+", k)]
-            if choices is None and isinstance(row.get("perturbed_answer"), list):
-                choices = [row[a], *row["perturbed_answer"]]
-            question, answer = row[q], row[a]
-            if choices is not None and isinstance(answer, int):
-                if not 0 <= answer < len(choices):
-                    raise CorpusError(f"{where}: answer {answer} is not an index into {len(choices)} choices")
-                answer = choices[answer]
-            if not isinstance(question, str) or not isinstance(answer, str):
-                raise CorpusError(f"{where}: {q!r} and {a!r} must be strings")
-            if not question.strip() or not answer.strip():
-                raise CorpusError(f"{where}: {q!r} or {a!r} is empty")
-            if choices is not None and answer not in choices:
-                raise CorpusError(f"{where}: the answer is not among the choices")
-            meta = {k: v for k, v in row.items() if k not in (q, a, "choices")}
-            return Record(question=question, answer=answer, choices=tuple(choices or ()), meta=meta)
-    if "text" in row:
-        raise CorpusError(f"{where}: `text` is empty or not a string")
-    raise CorpusError(
-        f"{where}: no `text`, `question`/`answer`, `prompt`/`response` or `input`/`output` among the fields "
-        f"{sorted(map(str, row))}"
-    )

@@ -92,6 +92,10 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--questions", help="multiple-choice questions")
     p.add_argument("--text", action="append", default=[], metavar="NAME=FILE", help="texts to measure the loss on")
     p.add_argument("--prompt", action="append", default=[], help="prompt to continue greedily")
+    p.add_argument("--harness", metavar="TASK[,TASK…]", help="measure tasks of the lm-evaluation-harness instead")
+    p.add_argument("--harness-path", type=Path, metavar="DIR", help="folder with own task files of the harness")
+    p.add_argument("--limit", type=int, metavar="N", help="with --harness: the first N documents of each task")
+    p.add_argument("--include-text", action="store_true", help="with --harness: keep documents, prompts and answers")
     p.add_argument("--out", type=Path, help="JSON file for the result")
     add_common(p)
 

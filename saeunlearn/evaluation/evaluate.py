@@ -164,6 +164,11 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         interval = f"{r['low']:+.3f} … {r['high']:+.3f}"
         numbers = (f"{r['before']:.3f}", f"{r['after']:.3f}", f"{r['change']:+.3f}", interval, ratio)
         cells.append((r["group"], r["metric"].replace("_", " "), str(r["n"]), *numbers))
+    return aligned(cells)
+
+
+def aligned(cells: Sequence[tuple[str, ...]]) -> str:
+    """Rows of cells in columns, the first row as a header; the first two columns are set left."""
     widths = [max(len(c[i]) for c in cells) for i in range(len(cells[0]))]
     lines = [
         "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
