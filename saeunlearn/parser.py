@@ -93,6 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--text", action="append", default=[], metavar="NAME=FILE", help="texts to measure the loss on")
     p.add_argument("--prompt", action="append", default=[], help="prompt to continue greedily")
     p.add_argument("--out", type=Path, help="JSON file for the result")
+    p.add_argument("--include-text", action="store_true", help="name subgroups of questions by their labels")
     add_common(p)
 
     p = verb("apply", "Erasure + checkpoint folder → checkpoint folder, shard by shard")
@@ -117,9 +118,18 @@ def build_parser() -> argparse.ArgumentParser:
     p = verb("ledger", "which requests were carried out on a checkpoint folder, and what each cost")
     p.add_argument("checkpoint", type=Path)
 
-    p = verb("report", "write report.html of a run directory again")
+    p = verb("report", "write the removal report of a run directory again: page, Markdown, JSON, model card")
     p.add_argument("run", type=Path)
     p.add_argument("--include-text", action="store_true", help="show samples of what was forgotten")
+
+    p = verb("verify", "check a run against its report: hashes, numbers, and a sample of the scores measured anew")
+    p.add_argument("run", type=Path)
+    for name in ("model", "forget", "retain", "questions"):
+        p.add_argument(f"--{name}", help="where it lies now (default: where the run found it)")
+    p.add_argument("--eval", action="append", default=[], metavar="NAME=FILE", help="where an evaluation text lies now")
+    p.add_argument("--sample", type=int, default=64, help="questions, and texts, to score anew (default 64; 0: none)")
+    p.add_argument("--out", type=Path, help="JSON file for the checks")
+    add_common(p)
     return parser
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import shorten
@@ -104,6 +105,14 @@ def json_or_empty(file: Path) -> dict[str, Any]:
     except ValueError as e:
         raise RunError(f"{file} is damaged: {e}") from e
     return content if isinstance(content, dict) else {}
+
+
+def check_lines(checks: Sequence[dict[str, str]]) -> str:
+    """The checks of `verify` as a table, and how many of each status there are."""
+    width = max(len(c["what"]) for c in checks)
+    lines = [f"{c['status']:13}  {c['what']:{width}}  {c['detail']}".rstrip() for c in checks]
+    counts = Counter(c["status"] for c in checks)
+    return "\n".join([*lines, ", ".join(f"{n} {status}" for status, n in counts.items())])
 
 
 def method_lines(method: Any) -> str:
