@@ -14,6 +14,7 @@ from .options import further_settings, named_files, whole_numbers
 from .parser import build_parser
 from .terminal import (
     check_lines,
+    diff_lines,
     json_or_empty,
     layer_lines,
     method_lines,
@@ -306,10 +307,33 @@ def verify(args: argparse.Namespace) -> None:
         raise VerificationError(f"{args.run}: {failed} of {len(checks)} checks failed")
 
 
+def diff(args: argparse.Namespace) -> None:
+    from . import figures, figures_diff
+    from .checkpoints import write_json
+    from .corpus import Corpus
+    from .features.diff import FDR, feature_diff, open_pair
+    from .features.selection import Selection
+    from .pipeline import ready_saes
+    from .progress import ConsoleProgress
+
+    texts = {n: Corpus.load(f) for n, f in named_files(args.text, "--text").items()}
+    selection = Selection.load(args.selection) if args.selection else None
+    before, after = open_pair(args.before, args.after, args.erasure, args.device, args.dtype)
+    found = feature_diff(before, after, ready_saes(before, args.saes, args.layers), texts, selection=selection,
+                         seed=args.seed, progress=ConsoleProgress())  # fmt: skip
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_json(args.out / "diff.json", found)
+    for entry in found["layers"]:
+        named = selection.relevant if selection and selection.layer == entry["layer"] else []
+        figures.save(figures_diff.activity(entry, named, FDR), args.out / f"features-{entry['layer']}.png")
+    figures.save(figures_diff.weight_shares(found["weights"]), args.out / "weights.png")
+    print(diff_lines(found))
+
+
 VERBS: dict[str, Callable[[argparse.Namespace], None]] = {
     "demo": demo, "sandbox": sandbox, "train-saes": train_saes, "select": select, "unlearn": unlearn,
     "methods": methods, "diversify": diversify, "evaluate": evaluate, "apply": apply, "revert": revert,
-    "export": export, "inspect": inspect, "ledger": ledger, "report": report, "verify": verify,
+    "export": export, "inspect": inspect, "ledger": ledger, "report": report, "verify": verify, "diff": diff,
 }  # fmt: skip
 
 

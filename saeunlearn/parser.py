@@ -122,6 +122,17 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("run", type=Path)
     p.add_argument("--include-text", action="store_true", help="show samples of what was forgotten")
 
+    p = verb("diff", "two checkpoints through the same SAEs: features lost and gained, and where the weights changed")
+    p.add_argument("before", help="model folder or hub id")
+    p.add_argument("after", nargs="?", help="model folder or hub id of the same architecture; or give --erasure")
+    p.add_argument("--erasure", type=Path, help="compare with this Erasure applied to the first model")
+    p.add_argument("--saes", required=True, help="SAEs: folder, or release:sae_id of sae_lens")
+    p.add_argument("--layers", default="all", help="layers to look at: `all`, or 1,3,5-8")
+    p.add_argument("--text", action="append", required=True, metavar="NAME=FILE", help="texts to look at")
+    p.add_argument("--selection", help="selection.json that names features (for the span of the weight change)")
+    p.add_argument("--out", type=Path, required=True, help="folder for diff.json and its figures")
+    add_common(p)
+
     p = verb("verify", "check a run against its report: hashes, numbers, and a sample of the scores measured anew")
     p.add_argument("run", type=Path)
     for name in ("model", "forget", "retain", "questions"):

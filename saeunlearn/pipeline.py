@@ -139,6 +139,8 @@ def unlearn(config: RunConfig, root: str | Path, progress: Progress, command: li
     with recorded(run, earlier, command):
         saes = ready or (trained_saes(run) if "saes" in method.needs else {})
         selection = get_selection(run, saes, select_config, settings) if "selection" in method.needs else None
+        if selection is not None and config.include_text:
+            write_examples(run, selection, saes)
         erasure = get_erasure(run, method, settings, selection, saes)
         if not run.evaluation_file.exists():
             before = measure(run, "before")
@@ -325,6 +327,16 @@ def get_erasure(run: Run, method: Method, settings: Any, selection: Selection | 
     )  # fmt: skip
     erasure.save(run.erasure_dir)
     return erasure
+
+
+def write_examples(run: Run, selection: Selection, saes: Mapping[int, Any]) -> None:
+    """examples.json: where the relevant features are most active in the forget text. Only where text is kept."""
+    from .features.examples import top_examples
+
+    if not (file := run.root / "examples.json").exists():
+        sae, part = saes[selection.layer], run.forget.sample(EVAL_RECORDS, run.config.seed)
+        found = top_examples(run.model, sae, selection.layer, selection.relevant, part, run.progress)
+        write_json(file, found)
 
 
 def measure(run: Run, when: str) -> dict[str, Any]:

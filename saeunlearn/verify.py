@@ -29,7 +29,7 @@ from .evaluation.again import (
     outcome,
     score_again,
 )
-from .evaluation.removal import DERIVED, gather, own_files, as_object
+from .evaluation.removal import DERIVED, as_object, gather, own_files
 from .evaluation.report import markdown, model_card
 from .models import LanguageModel
 from .pipeline import text_sets
@@ -97,11 +97,7 @@ def report_checks(root: Path, progress: Progress) -> list[Check]:
     files, pages = doc.pop("files", None), doc.pop("pages", None)
     if not isinstance(files, dict) or not isinstance(pages, dict):
         return [check("report.json", FAIL, "not there or damaged: `saeunlearn report` writes it")]
-    wrong = [f"{n} is {'changed' if (root / n).is_file() else 'gone'}"
-             for n, sha in progress.over([*files.items(), *pages.items()], "hashing files")
-             if not (root / n).is_file() or sha256_file(root / n) != sha]  # fmt: skip
-    wrong += [f"{n} is not in the report" for n in own_files(root) if n not in files]
-    wrong += [f"{n} has no sha256" for n in DERIVED if n != "report.json" and n not in pages]
+    wrong = changed_files(root, files, pages, progress)
     out = [outcome("files: sha256", wrong, f"{len(files) + len(pages)} files")]
     try:
         made = gather(root, include_text=doc.get("include_text") is True)
@@ -113,9 +109,22 @@ def report_checks(root: Path, progress: Progress) -> list[Check]:
                  if (root / n).read_text(encoding="utf-8") != render(made)]  # fmt: skip
     except BROKEN as e:
         return [*out, check("report.json: numbers", FAIL, f"cannot be derived from the files ({type(e).__name__})")]
-    made_by = "" if doc.get("saeunlearn") == made["saeunlearn"] else f" (written by version {doc.get('saeunlearn')})"
+    made_by = (
+        ""
+        if doc.get("saeunlearn") == made["saeunlearn"]
+        else f" (written by version {doc.get('saeunlearn')}: use that one)"
+    )
     out.append(outcome("report.json: numbers", [f"{p} differs{made_by}" for p in stale], "as in the files of the run"))
     return [*out, outcome("report.md, model_card.md", other, "as report.json says")]
+
+
+def changed_files(root: Path, files: Mapping[str, Any], pages: Mapping[str, Any], progress: Progress) -> list[str]:
+    """What is not as report.json has it: `files` are the run's, `pages` the other forms of the report."""
+    there = progress.over([*files.items(), *pages.items()], "hashing files")
+    wrong = [f"{n} is {'changed' if (root / n).is_file() else 'gone'}" for n, sha in there
+             if not (root / n).is_file() or sha256_file(root / n) != sha]  # fmt: skip
+    wrong += [f"{n} is not in the report" for n in own_files(root) if n not in files]
+    return wrong + [f"{n} has no sha256" for n in DERIVED if n != "report.json" and n not in pages]
 
 
 def _run_checks(root: Path, run: Mapping[str, Any], config: Mapping[str, Any]) -> list[Check]:

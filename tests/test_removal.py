@@ -22,8 +22,9 @@ ID = "9" * 64
 
 
 def attacks(**changes: Any) -> dict[str, Any]:
-    best = {"settings": {"lr": 1e-3, "prompt": f"Say {SECRET}", "word": SECRET}, "accuracy": 0.625, "low": 0.5, "high": 0.75,
-            "recovered": 0.4375, "recovered_low": 0.25, "recovered_high": 0.5, "oracle_accuracy": 0.375,
+    settings = {"lr": 1e-3, "prompt": f"Say {SECRET}", "word": SECRET}
+    best = {"settings": settings, "accuracy": 0.625, "low": 0.5, "high": 0.75, "recovered": 0.4375,
+            "recovered_low": 0.25, "recovered_high": 0.5, "oracle_accuracy": 0.375,
             "oracle_recovered": 0.125}  # fmt: skip
     score = {"accuracy": 0.25, "low": 0.125, "high": 0.5}
     return {
@@ -112,7 +113,7 @@ def test_texts_are_in_no_form_of_the_report_unless_asked(run_dir: Path) -> None:
 
 @pytest.mark.parametrize(
     ("model", "name", "base"),
-    [("org/small-1.5", "org/small-1.5", "org/small-1.5"), ("gpt2", "gpt2", "gpt2"), ("/data/org/small", "small", None)],
+    [("org/small-1.5", "org/small-1.5", "org/small-1.5"), ("small", "small", None), ("/data/org/small", "small", None)],
 )
 def test_the_model_card_has_the_front_matter_of_the_hub(run_dir: Path, model: str, name: str, base: str | None) -> None:
     from huggingface_hub import ModelCard
@@ -178,8 +179,8 @@ DONE = {"status": "done"}
 @pytest.mark.parametrize(
     ("run", "kinds", "rows", "attacked", "selected", "said"),
     [
-        (DONE, ["weight_delta"], ROWS, None, True, {"Not attacked": 1, "oracle": 1, "reversed": 1, "from the weights": 0,
-                                                    "seed": 1, "features": 1, "no questions": 0}),
+        (DONE, ["weight_delta"], ROWS, None, True, {"Not attacked": 1, "oracle": 1, "reversed": 1,
+                                                    "the weights": 0, "seed": 1, "features": 1, "no questions": 0}),
         (DONE, ["guard"], ROWS, None, False, {"Nothing was removed from the weights": 1, "features": 0}),
         (DONE, ["guard", "weight_delta"], ROWS, None, False, {"A part of this Erasure acts while": 1}),
         (DONE, ["weight_delta"], ROWS[:1], None, False, {"no questions were given": 1, "no texts": 0}),
@@ -187,7 +188,7 @@ DONE = {"status": "done"}
         (DONE, ["weight_delta"], [], None, False, {"it was not measured": 1, "seed": 0}),
         ({"status": "failed"}, [], [], None, False, {"not recorded as done": 1, "reversed": 0}),
         (DONE, ["weight_delta"], ROWS, attacks(), False, {"Not attacked": 0, "larger budget": 1, "no oracle": 0}),
-        (DONE, ["weight_delta"], ROWS, attacks(levels={}), False, {"no oracle beside it": 1, "(oracle) was measured": 1}),
+        (DONE, ["weight_delta"], ROWS, attacks(levels={}), False, {"no oracle beside it": 1, "(oracle) was": 1}),
         (DONE, ["weight_delta"], ROWS, attacks(attacks=[]), False, {"it was not attacked": 1}),
     ],
 )  # fmt: skip

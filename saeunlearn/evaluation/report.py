@@ -58,11 +58,11 @@ def markdown(doc: Mapping[str, Any]) -> str:
 def model_card(doc: Mapping[str, Any]) -> str:
     """A Hugging Face model card for a checkpoint with the Erasure in it. It holds no text, whatever the document has.
 
-    `base_model` is set where the model was opened by its hub id; a local path names nothing to others.
+    `base_model` is set where the model was opened by a hub id `owner/name`: a local path means nothing to others.
     """
     source, name = doc["asked"]["source"] or "", doc["asked"]["model"] or ""
     guard = bool(doc["done"]["kinds"]) and not set(doc["done"]["kinds"]) & WEIGHT_KINDS
-    hub_id = name if source == name and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) else None
+    hub_id = name if source == name and re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
     changed = doc["done"]["changed"] or {}
     share = f"{changed['share']:.3%} ({changed['count']:,})" if changed.get("count") else None
     given = {"hub_id": hub_id, "rows": doc["comparison"], "share": share, "guard": guard}
