@@ -29,13 +29,16 @@ def top_examples(
         places = batch.mask.nonzero().tolist()
         for _, z, _ in batch_stats(model, {layer: sae}, batch.to(model.device)):
             for feature in features:
-                values, found = z[:, feature], best[feature]
-                for i in values.topk(min(len(places), 8 * n)).indices.tolist():
+                values, found, seen = z[:, feature], best[feature], set[int]()
+                for i in values.argsort(descending=True, stable=True).tolist():
                     (row, position), value = places[i], float(values[i])
                     record = batch.records[row]
-                    if value > 0 and (record not in found or found[record][0] < value):
+                    if value <= 0 or len(seen) == n:
+                        break
+                    if record not in seen and (record not in found or found[record][0] < value):
                         ids = tuple(batch.ids[row][batch.attention_mask[row].bool()].tolist())
                         found[record] = (value, ids, position)
+                    seen.add(record)
                 kept = heapq.nlargest(n, found, key=lambda r: (found[r][0], -r))
                 best[feature] = {r: found[r] for r in kept}
 
