@@ -124,7 +124,10 @@ def test_no_verb_prints_or_writes_the_forget_set(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Figures are slow to draw, and looked at above.
-    monkeypatch.setattr(figures, "png_data_uri", lambda _fig: "data:image/png;base64,")
+    dot = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(dot, "png")
+    uri = "data:image/png;base64," + base64.b64encode(dot.getvalue()).decode()
+    monkeypatch.setattr(figures, "png_data_uri", lambda _fig: uri)
     run = Path(shutil.copytree(finished.root, tmp_path / "run"))
     model, erasure, forget = str(micro.model), str(run / "erasure"), str(micro_data / "forget.jsonl")
     questions, retain, base = str(micro_data / "questions.jsonl"), str(micro_data / "retain.jsonl"), ["--device", "cpu"]
