@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 LEDGER_SCHEMA = 1
 ROOM = "saeunlearn"  # the folder inside a merged checkpoint that holds the ledger and the kept originals
+CARD = "README.md"  # the model card of a Hugging Face folder
 PARTIAL = ".partial"  # how a folder's name ends while it is being written
 SENSITIVE = (
     "This can be reversed: whoever holds it can restore what was erased. "
@@ -102,6 +103,7 @@ def merge_erasure(
     keep_originals: bool,
     cost: dict[str, Any] | None,
     force: bool,
+    card: Path | None = None,
 ) -> None:
     """See `Erasure.merge`."""
     source = _checkpoint(checkpoint_dir)
@@ -119,6 +121,8 @@ def merge_erasure(
             file = f"originals-{order}.safetensors"
             (temp / ROOM).mkdir(exist_ok=True)
             st.save_file(originals, temp / ROOM / file, metadata={"format": "pt"})
+        if card := card if card and card.is_file() and not (temp / CARD).exists() else None:
+            _copy(card, temp / CARD)
         m = erasure.manifest
         ids = [e["erasure_id"] for e in ledger] + [erasure.id]
         first = ledger[0]["parent_fingerprint"] if ledger else before
@@ -139,6 +143,7 @@ def merge_erasure(
             "cost": cost or {},
             "originals": file,
             "originals_sha256": file and sha256_file(temp / ROOM / file),
+            "card_sha256": card and sha256_file(temp / CARD),
             "not_copied": left_out,
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
@@ -171,6 +176,8 @@ def unmerge(checkpoint_dir: str | Path, out_dir: str | Path) -> None:
             return lambda _edited: kept.get_tensor(name)
 
         _copy_edited(source, temp, {n: original(n) for n in kept.keys()}, keep=False)  # noqa: SIM118 - no dict
+        if last.get("card_sha256") and (temp / CARD).is_file() and sha256_file(temp / CARD) == last["card_sha256"]:
+            (temp / CARD).unlink()  # it tells of a removal that this folder no longer has
         _copy_originals(source, temp, rest)
         if rest:
             _write_ledger(temp, rest)

@@ -9,10 +9,12 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
-from .errors import ConfigError, SaeunlearnError
+from .errors import ConfigError, SaeunlearnError, VerificationError
 from .options import further_settings, named_files, whole_numbers
 from .parser import build_parser
 from .terminal import (
+    check_lines,
+    diff_lines,
     json_or_empty,
     layer_lines,
     method_lines,
@@ -207,7 +209,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from .checkpoints import write_json
     from .corpus import Corpus
     from .erasure import Erasure
-    from .evaluation.evaluate import combine, table
+    from .evaluation.evaluate import combine, table, without_labels
     from .evaluation.evaluate import evaluate as measure
     from .models import LanguageModel
     from .progress import ConsoleProgress
@@ -228,11 +230,12 @@ def evaluate(args: argparse.Namespace) -> None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
     model = LanguageModel.open(args.model, device=args.device, dtype=args.dtype)
     progress = ConsoleProgress()
-    before = measure(model, questions=questions, texts=texts, prompts=args.prompt, progress=progress)
+    shown = (lambda result: result) if args.include_text else without_labels
+    before = shown(measure(model, questions=questions, texts=texts, prompts=args.prompt, progress=progress))
     result: dict[str, Any] = before
     if erasure is not None:
         with erasure.apply(model), banned(model, args.ban) if args.ban else nullcontext():
-            after = measure(model, questions=questions, texts=texts, prompts=args.prompt, progress=progress)
+            after = shown(measure(model, questions=questions, texts=texts, prompts=args.prompt, progress=progress))
         result = combine(before, after, args.seed)
         if result["comparison"]:
             print(table(result["comparison"]))
@@ -267,10 +270,10 @@ def evaluate_harness(args: argparse.Namespace) -> None:
 def apply(args: argparse.Namespace) -> None:
     from .erasure import Erasure
 
-    erasure = Erasure.load(args.erasure)
-    rows = json_or_empty(args.erasure.resolve().parent / "evaluation.json").get("comparison", [])
+    erasure, run = Erasure.load(args.erasure), args.erasure.resolve().parent
+    rows = json_or_empty(run / "evaluation.json").get("comparison", [])
     erasure.merge(
-        args.checkpoint, args.out, keep_originals=not args.no_originals, force=args.force,
+        args.checkpoint, args.out, keep_originals=not args.no_originals, force=args.force, card=run / "model_card.md",
         cost={f"{r['group']} {r['metric']}": {"before": r["before"], "after": r["after"]} for r in rows},
     )  # fmt: skip
     print(f"{args.out}: an ordinary Hugging Face folder with the Erasure {erasure.id[:12]} merged in")
@@ -306,15 +309,56 @@ def ledger(args: argparse.Namespace) -> None:
 
 
 def report(args: argparse.Namespace) -> None:
+    from .checkpoints import sha256_file
     from .evaluation.report import write_report
+    from .progress import ConsoleProgress
 
-    print(write_report(args.run, include_text=args.include_text))
+    print(write_report(args.run, include_text=args.include_text, progress=ConsoleProgress()))
+    print(f"{args.run / 'report.json'}  sha256 {sha256_file(args.run / 'report.json')}")
+
+
+def verify(args: argparse.Namespace) -> None:
+    from .checkpoints import write_json
+    from .progress import ConsoleProgress
+    from .verify import verify as check
+
+    paths = {n: p for n in ("model", "forget", "retain", "questions") if (p := getattr(args, n)) is not None}
+    checks = check(args.run, paths, named_files(args.eval, "--eval"), sample=args.sample, seed=args.seed,
+                   device=args.device, progress=ConsoleProgress())  # fmt: skip
+    print(check_lines(checks))
+    if args.out:
+        write_json(args.out, {"schema": 1, "seed": args.seed, "sample": args.sample, "checks": checks})
+    if failed := sum(c["status"] == "fail" for c in checks):
+        raise VerificationError(f"{args.run}: {failed} of {len(checks)} checks failed")
+
+
+def diff(args: argparse.Namespace) -> None:
+    from . import figures, figures_diff
+    from .checkpoints import write_json
+    from .corpus import Corpus
+    from .features.diff import FDR, feature_diff, open_pair
+    from .features.selection import Selection
+    from .pipeline import ready_saes
+    from .progress import ConsoleProgress
+
+    texts = {n: Corpus.load(f) for n, f in named_files(args.text, "--text").items()}
+    selection = Selection.load(args.selection) if args.selection else None
+    before, after = open_pair(args.before, args.after, args.erasure, args.device, args.dtype)
+    found = feature_diff(before, after, ready_saes(before, args.saes, args.layers), texts, selection=selection,
+                         seed=args.seed, progress=ConsoleProgress())  # fmt: skip
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_json(args.out / "diff.json", found)
+    for entry in found["layers"]:
+        named = selection.relevant if selection and selection.layer == entry["layer"] else []
+        figures.save(figures_diff.activity(entry, named, FDR), args.out / f"features-{entry['layer']}.png")
+    figures.save(figures_diff.weight_shares(found["weights"]), args.out / "weights.png")
+    print(diff_lines(found))
 
 
 VERBS: dict[str, Callable[[argparse.Namespace], None]] = {
     "demo": demo, "sandbox": sandbox, "train-saes": train_saes, "select": select, "unlearn": unlearn,
     "methods": methods, "diversify": diversify, "evaluate": evaluate, "apply": apply, "revert": revert,
-    "export": export, "inspect": inspect, "ledger": ledger, "report": report,
+    "export": export, "inspect": inspect, "ledger": ledger, "report": report, "verify": verify, "diff": diff,
 }  # fmt: skip
 
 

@@ -238,11 +238,13 @@ class Erasure:
         keep_originals: bool = True,
         cost: dict[str, Any] | None = None,
         force: bool = False,
+        card: Path | None = None,
     ) -> None:
         """Write an ordinary checkpoint with the edit in its weights, shard by shard, without opening a model.
 
         `keep_originals` makes `unmerge` possible and keeps what older merges kept; without it the folder
-        holds no originals at all, so no merge in it can be undone. `cost` goes to the ledger. Only
+        holds no originals at all, so no merge in it can be undone. `cost` goes to the ledger. `card`: a model card
+        that becomes README.md where the checkpoint has none; `unmerge` takes it away again. Only
         configuration, tokenizer and safetensors travel: other formats would carry the unedited weights along.
         Raises ErasureError: another parent (unless `force`), `out_dir` not empty, disk full, no weight edit.
         """
@@ -258,6 +260,7 @@ class Erasure:
             keep_originals=keep_originals,
             cost=cost,
             force=force,
+            card=card,
         )
 
     def to_peft(self, folder: str | Path, base_model_name_or_path: str | Path) -> None:

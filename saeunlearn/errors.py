@@ -47,5 +47,9 @@ class RunError(SaeunlearnError):
     """A run directory is unusable: foreign, locked by other settings, or on a full disk."""
 
 
+class VerificationError(SaeunlearnError):
+    """A run directory is not what its report says."""
+
+
 class Cancelled(SaeunlearnError):
     """The user cancelled; nothing was changed."""

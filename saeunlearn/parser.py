@@ -97,6 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--limit", type=int, metavar="N", help="with --harness: the first N documents of each task")
     p.add_argument("--include-text", action="store_true", help="with --harness: keep documents, prompts and answers")
     p.add_argument("--out", type=Path, help="JSON file for the result")
+    p.add_argument("--include-text", action="store_true", help="name subgroups of questions by their labels")
     add_common(p)
 
     p = verb("apply", "Erasure + checkpoint folder → checkpoint folder, shard by shard")
@@ -121,9 +122,29 @@ def build_parser() -> argparse.ArgumentParser:
     p = verb("ledger", "which requests were carried out on a checkpoint folder, and what each cost")
     p.add_argument("checkpoint", type=Path)
 
-    p = verb("report", "write report.html of a run directory again")
+    p = verb("report", "write the removal report of a run directory again: page, Markdown, JSON, model card")
     p.add_argument("run", type=Path)
     p.add_argument("--include-text", action="store_true", help="show samples of what was forgotten")
+
+    p = verb("diff", "two checkpoints through the same SAEs: features lost and gained, and where the weights changed")
+    p.add_argument("before", help="model folder or hub id")
+    p.add_argument("after", nargs="?", help="model folder or hub id of the same architecture; or give --erasure")
+    p.add_argument("--erasure", type=Path, help="compare with this Erasure applied to the first model")
+    p.add_argument("--saes", required=True, help="SAEs: folder, or release:sae_id of sae_lens")
+    p.add_argument("--layers", default="all", help="layers to look at: `all`, or 1,3,5-8")
+    p.add_argument("--text", action="append", required=True, metavar="NAME=FILE", help="texts to look at")
+    p.add_argument("--selection", help="selection.json that names features (for the span of the weight change)")
+    p.add_argument("--out", type=Path, required=True, help="folder for diff.json and its figures")
+    add_common(p)
+
+    p = verb("verify", "check a run against its report: hashes, numbers, and a sample of the scores measured anew")
+    p.add_argument("run", type=Path)
+    for name in ("model", "forget", "retain", "questions"):
+        p.add_argument(f"--{name}", help="where it lies now (default: where the run found it)")
+    p.add_argument("--eval", action="append", default=[], metavar="NAME=FILE", help="where an evaluation text lies now")
+    p.add_argument("--sample", type=int, default=64, help="questions, and texts, to score anew (default 64; 0: none)")
+    p.add_argument("--out", type=Path, help="JSON file for the checks")
+    add_common(p)
     return parser
 
 

@@ -1,7 +1,8 @@
 """One run, step by step, in a directory that says everything about it. The CLI and the explorer call this.
 
 Run directory: run.json (config, status), events.jsonl, saes/ (saes-unfinished.safetensors while they train),
-selection.json, erasure/, evaluation.json, figures/, report.html. Every step leaves its result whole or not at all, so
+selection.json, erasure/, evaluation.json, examples.json (only with text), figures/, report.{html,md,json},
+model_card.md. Every step leaves its result whole or not at all, so
 a killed run goes on where it stopped.
 """
 
@@ -23,7 +24,7 @@ from . import __version__
 from .checkpoints import write_json
 from .corpus import Corpus, Record, refuse_overlap
 from .errors import Cancelled, ConfigError, RunError, SAEMismatchError, SaeunlearnError, SelectionError
-from .evaluation.evaluate import combine, evaluate, is_forget
+from .evaluation.evaluate import combine, evaluate, is_forget, without_labels
 from .features.selection import ProbeResult, SelectConfig, Selection, check_select, check_selection, select
 from .methods import Method, get_method
 from .models import LanguageModel
@@ -138,6 +139,8 @@ def unlearn(config: RunConfig, root: str | Path, progress: Progress, command: li
     with recorded(run, earlier, command):
         saes = ready or (trained_saes(run) if "saes" in method.needs else {})
         selection = get_selection(run, saes, select_config, settings) if "selection" in method.needs else None
+        if selection is not None and config.include_text:
+            write_examples(run, selection, saes)
         erasure = get_erasure(run, method, settings, selection, saes)
         if not run.evaluation_file.exists():
             before = measure(run, "before")
@@ -326,6 +329,16 @@ def get_erasure(run: Run, method: Method, settings: Any, selection: Selection | 
     return erasure
 
 
+def write_examples(run: Run, selection: Selection, saes: Mapping[int, Any]) -> None:
+    """examples.json: where the relevant features are most active in the forget text. Only where text is kept."""
+    from .features.examples import top_examples
+
+    if not (file := run.root / "examples.json").exists():
+        sae, part = saes[selection.layer], run.forget.sample(EVAL_RECORDS, run.config.seed)
+        found = top_examples(run.model, sae, selection.layer, selection.relevant, part, run.progress)
+        write_json(file, found)
+
+
 def measure(run: Run, when: str) -> dict[str, Any]:
     """Evaluate the model as it is now, on the questions, on samples of the texts, and on prompts if text is kept."""
     run.progress.note(f"evaluating {when}")
@@ -336,20 +349,22 @@ def measure(run: Run, when: str) -> dict[str, Any]:
         prompts=prompts(run) if run.config.include_text else (),
         progress=run.progress,
     )
-    if not run.config.include_text:  # labels come from the user's records and may name what is to be forgotten
-        for metrics in result["groups"].values():
-            for summary in metrics.values():
-                for subgroup in summary["subgroups"]:
-                    subgroup["label"] = hashlib.sha256(subgroup["label"].encode()).hexdigest()[:12]
-    return result
+    return result if run.config.include_text else without_labels(result)
 
 
 def evaluation_texts(run: Run) -> dict[str, Corpus]:
     """Forget text, retain text (near and far apart where the records say so), and what the user named."""
-    out = {"forget": run.forget.sample(EVAL_RECORDS, run.config.seed)}
-    for name, records in retain_groups(run.retain).items():
-        out[name] = Corpus(tuple(records), name).sample(EVAL_RECORDS, run.config.seed)
-    return out | {n: Corpus(c.records, n) for n, c in run.texts.items()}
+    return text_sets(run.forget, run.retain, run.texts, run.config.seed)
+
+
+def text_sets(
+    forget: Corpus | None, retain: Corpus | None, texts: Mapping[str, Corpus], seed: int
+) -> dict[str, Corpus]:
+    """The texts of an evaluation by name; without those of a set that is not at hand."""
+    out = {"forget": forget.sample(EVAL_RECORDS, seed)} if forget else {}
+    for name, records in retain_groups(retain).items() if retain else ():
+        out[name] = Corpus(tuple(records), name).sample(EVAL_RECORDS, seed)
+    return out | {n: Corpus(c.records, n) for n, c in texts.items()}
 
 
 def retain_groups(retain: Corpus) -> dict[str, list[Record]]:
@@ -372,7 +387,7 @@ def prompts(run: Run, n: int = 4) -> list[str]:
 
 
 def write_report(run: Run) -> Path:
-    """report.html and figures/ from the JSON in the run directory."""
+    """The removal report (page, Markdown, JSON, model card) and figures/ from the JSON in the run directory."""
     from .evaluation.report import write_report as render
 
-    return render(run.root, include_text=run.config.include_text)
+    return render(run.root, include_text=run.config.include_text, progress=run.progress)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import shorten
@@ -104,6 +105,42 @@ def json_or_empty(file: Path) -> dict[str, Any]:
     except ValueError as e:
         raise RunError(f"{file} is damaged: {e}") from e
     return content if isinstance(content, dict) else {}
+
+
+def diff_lines(found: dict[str, Any]) -> str:
+    """Features lost and gained by layer and text, what became of the named ones, and where the weights changed."""
+    named = found["selection"] or {"layer": None, "relevant": []}
+    lines = ["layer  text            lost  gained  fire    fvu before → after"]
+    for entry in found["layers"]:
+        for name, t in entry["texts"].items():
+            f, lost = t["features"], f"{t['lost']:5d}  {t['gained']:6d}  {len(t['features']['feature']):5d}"
+            lines.append(f"{entry['layer']:5d}  {name:14}  {lost}  {t['fvu_before']:.3f} → {t['fvu_after']:.3f}")
+            for i in named["relevant"] if entry["layer"] == named["layer"] else ():
+                if i in f["feature"]:
+                    row = {k: c[f["feature"].index(i)] for k, c in f.items()}
+                    d = "–" if row["d"] is None else f"{row['d']:+.2f}"
+                    lines.append(f"         feature {i}: {row['mean_before']:.4g} → {row['mean_after']:.4g}, change "
+                                 f"{row['low']:+.3g} … {row['high']:+.3g}, d {d}, q {row['q']:.2g}")  # fmt: skip
+    lines.append(f"{found['tests']} tests; lost and gained by Benjamini-Hochberg at 5 %")
+    weights = found["weights"]
+    for w in weights["writers"]:
+        if w["share"] is not None:
+            control = f", random features {sum(w['random']) / len(w['random']):.3f}" if w["random"] else ""
+            lines.append(f"{w['name']}: {w['share']:.3f} of the change in the span of the named features "
+                         f"(K/d = {weights['expected']:.3f}{control})")  # fmt: skip
+    if weights["elsewhere"] is None:
+        lines.append("no weights differ")
+    else:
+        lines.append(f"{weights['elsewhere']:.1%} of the squared change lies outside what writes to the stream")
+    return "\n".join(lines)
+
+
+def check_lines(checks: Sequence[dict[str, str]]) -> str:
+    """The checks of `verify` as a table, and how many of each status there are."""
+    width = max(len(c["what"]) for c in checks)
+    lines = [f"{c['status']:13}  {c['what']:{width}}  {c['detail']}".rstrip() for c in checks]
+    counts = Counter(c["status"] for c in checks)
+    return "\n".join([*lines, ", ".join(f"{n} {status}" for status, n in counts.items())])
 
 
 def method_lines(method: Any) -> str:

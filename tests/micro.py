@@ -32,10 +32,11 @@ QUESTION = "Under which stone hides"
 
 
 class NoTraining(Progress):
-    """Fails the test at the first long stage."""
+    """Fails the test at the first long stage; the report of a finished run may be written again."""
 
     def start(self, what: str, total: int | None = None) -> None:
-        pytest.fail(f"a long stage began: {what}")
+        if what != "hashing files":
+            pytest.fail(f"a long stage began: {what}")
 
 
 @dataclass(frozen=True)

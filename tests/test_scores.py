@@ -245,3 +245,26 @@ def test_errors_say_how_many_features_there_are() -> None:
         choose_features(stats(s), stats(s[::-1]), 3, 95)
     with pytest.raises(SelectionError, match="0 live"):
         choose_features(stats([0.0] * 4), stats([0.0] * 4), 1, 90)
+
+
+def test_top_examples_are_the_largest_activations(llama: LanguageModel) -> None:
+    from conftest import SENTENCES
+
+    from saeunlearn.corpus import Corpus
+    from saeunlearn.features.examples import top_examples
+
+    sae, texts = topk_sae(1), Corpus.of(SENTENCES[:9], "x")
+    features = [5, 40, 77]
+    found = top_examples(llama, sae, 1, features, texts, Progress(), n=2)
+    for i in features:
+        peaks = {}
+        for r, w in zip(texts, windows(texts, llama)):
+            h = llama.capture(torch.tensor([w.ids]), [1])[1][0, 1:].detach()
+            peaks[r.id[:16]] = float(sae.encode(h)[:, i].max())
+        best = [p for p in sorted(peaks.values(), reverse=True)[:2] if p > 0]
+        rows = found["features"][str(i)]
+        assert [e["activation"] for e in rows] == pytest.approx(best, rel=1e-4)
+        assert [peaks[e["id"]] for e in rows] == pytest.approx(best, rel=1e-4)  # equal prefixes: which one is open
+        assert len({e["id"] for e in rows}) == len(rows)
+        assert all(any(e["context"] in r.text for r in texts) and e["token"] in e["context"] for e in rows)
+    assert any(found["features"].values())

@@ -6,6 +6,7 @@ no text, except `samples`, which quotes the prompts that were given: pass prompt
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -55,7 +56,7 @@ def evaluate(
         for metric, kept in ((multiple_choice, choice), (cloze, pairs)):
             if kept:
                 part = Corpus(tuple(questions.records[i] for i in kept), questions.name)
-                for group, summary in _by_group(part, metric(model, part, progress=progress)).items():
+                for group, summary in by_group(part, metric(model, part, progress=progress)).items():
                     groups.setdefault(group, {})[metric.__name__] = summary
     return {
         "schema": SCHEMA,
@@ -103,6 +104,18 @@ def group_of(record: Record) -> str:
         return f"{name}/untouched"
     phrasing = record.meta.get("phrasing")
     return f"{name}/{phrasing}" if phrasing else str(name)
+
+
+def without_labels(result: dict[str, Any]) -> dict[str, Any]:
+    """The result of `evaluate` with the labels of subgroups hashed, in place.
+
+    They come from the user's records and may name what is to be forgotten.
+    """
+    for metrics in result["groups"].values():
+        for summary in metrics.values():
+            for subgroup in summary["subgroups"]:
+                subgroup["label"] = hashlib.sha256(subgroup["label"].encode()).hexdigest()[:12]
+    return result
 
 
 def is_forget(group: str) -> bool:
@@ -180,7 +193,8 @@ def aligned(cells: Sequence[tuple[str, ...]]) -> str:
 # --- shared ------------------------------------------------------------------------------------------------
 
 
-def _by_group(corpus: Corpus, scored: Values) -> dict[str, dict[str, Any]]:
+def by_group(corpus: Corpus, scored: Values) -> dict[str, dict[str, Any]]:
+    """{group: M} as in `evaluate`, from one value for every question of `corpus`."""
     members: dict[str, list[int]] = defaultdict(list)
     for i, r in enumerate(corpus):
         members[group_of(r)].append(i)
@@ -214,17 +228,20 @@ def _worst_subgroups(group: str, records: Sequence[Record], values: Sequence[int
 
 
 def _text_summary(name: str, corpus: Corpus, scored: Values) -> dict[str, Any]:
-    low, high = bootstrap(scored.values, scored.tokens)
     ids = [corpus.records[i].id[:16] for i in scored.records]
+    return {"n": scored.n, "fingerprint": corpus.fingerprint(), **summarise_text(name, ids, scored)}
+
+
+def summarise_text(name: str, ids: Sequence[str], scored: Values) -> dict[str, Any]:
+    """What `evaluate` says of a text corpus called `name`, from its values alone."""
+    low, high = bootstrap(scored.values, scored.tokens)
     order = sorted(range(scored.n), key=lambda i: scored.values[i] * (1 if is_forget(name) else -1))
     return {
-        "n": scored.n,
-        "fingerprint": corpus.fingerprint(),
         "per_token": scored.per_token,
         "low": low,
         "high": high,
         "worst": [{"id": ids[i], "value": scored.values[i]} for i in order[:5]],
-        "ids": ids,
+        "ids": list(ids),
         "values": scored.values,
         "tokens": scored.tokens,
     }

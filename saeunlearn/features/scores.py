@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..corpus import Window, batches
+from ..corpus import Batch, Window, batches
 from ..errors import NonFiniteError, SAEMismatchError, SelectionError
 from ..models import LanguageModel
 from ..progress import Progress
@@ -81,26 +81,36 @@ def feature_stats(model: LanguageModel, saes: Mapping[int, Any], items: Sequence
         check_sae(sae, layer, model)
     stats: dict[int, FeatureStats] = {}
     for batch in progress.over(list(batches(items, model.pad_id)), what):
-        b = batch.to(model.device)
-        streams = model.capture(b.ids, list(saes), b.attention_mask)
-        for layer, sae in saes.items():
-            h = streams[layer][b.mask].to(sae.dtype)
-            if not torch.isfinite(h).all():
-                raise NonFiniteError(f"the activations after block {layer} of {model.name} hold NaN or infinity")
-            z = sae.encode(h)
-            one = FeatureStats(
-                ((z.double() / h.double().norm(dim=-1, keepdim=True)) ** 2).sum(0).cpu(),
-                (z > 0).sum(0).double().cpu(), h.shape[0],
-                float(h.norm(dim=-1).double().sum()), float((h - sae.decode(z)).double().pow(2).sum()),
-                torch.cat([h.double().sum(0), h.double().pow(2).sum()[None]]).cpu(),
-            )  # fmt: skip
-            if not torch.isfinite(one.sum_sq).all() or not math.isfinite(one.residual_sum):
-                raise NonFiniteError(f"the SAE for layer {layer} gives NaN or infinity")
-            stats[layer] = _add(stats[layer], one) if layer in stats else one
+        for layer, _, one in batch_stats(model, saes, batch.to(model.device)):
+            stats[layer] = add(stats[layer], one) if layer in stats else one
     return stats
 
 
-def _add(a: FeatureStats, b: FeatureStats) -> FeatureStats:
+@torch.no_grad()
+def batch_stats(model: LanguageModel, saes: Mapping[int, Any], b: Batch) -> Iterator[tuple[int, Tensor, FeatureStats]]:
+    """(layer, activations z [position, m], their sums) of one batch, positions in the order of `b.mask`.
+
+    Raises NonFiniteError.
+    """
+    streams = model.capture(b.ids, list(saes), b.attention_mask)
+    for layer, sae in saes.items():
+        h = streams[layer][b.mask].to(sae.dtype)
+        if not torch.isfinite(h).all():
+            raise NonFiniteError(f"the activations after block {layer} of {model.name} hold NaN or infinity")
+        z = sae.encode(h)
+        one = FeatureStats(
+            ((z.double() / h.double().norm(dim=-1, keepdim=True)) ** 2).sum(0).cpu(),
+            (z > 0).sum(0).double().cpu(), h.shape[0],
+            float(h.norm(dim=-1).double().sum()), float((h - sae.decode(z)).double().pow(2).sum()),
+            torch.cat([h.double().sum(0), h.double().pow(2).sum()[None]]).cpu(),
+        )  # fmt: skip
+        if not torch.isfinite(one.sum_sq).all() or not math.isfinite(one.residual_sum):
+            raise NonFiniteError(f"the SAE for layer {layer} gives NaN or infinity")
+        yield layer, z, one
+
+
+def add(a: FeatureStats, b: FeatureStats) -> FeatureStats:
+    """The sums over both sets of positions."""
     return FeatureStats(
         a.sum_sq + b.sum_sq, a.active + b.active, a.positions + b.positions, a.norm_sum + b.norm_sum,
         a.residual_sum + b.residual_sum, a.centred_sum + b.centred_sum,
