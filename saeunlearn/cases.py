@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .checkpoints import write_json
+from .checkpoints import sha256_file, write_json
 from .corpus import Corpus, Record, refuse_overlap
 from .errors import ConfigError, CorpusError
 from .evaluation.evaluate import group_of
@@ -129,7 +129,7 @@ def own_plan(
         raise ConfigError("a selection belongs to its SAEs: give --saes too")
     inputs = {
         "model": lm.fingerprint(), "oracle": base.fingerprint() if base else None, "saes": saes,
-        "selection": given.to_dict() if given else None, "dtype": dtype,
+        "selection": sha256_file(Path(selection)) if selection else None, "dtype": dtype,
         **{n: c.fingerprint() for n, c in (("forget", f), ("retain", r), ("questions", q))},
     }  # fmt: skip
     plan = Plan(tuple(methods), trials, tuple(seeds), ("tuning-half",), ("scoring-half",), {}, inputs)

@@ -12,6 +12,7 @@ from typing import Any
 
 from .. import figures
 from ..checkpoints import write_json
+from ..progress import Progress
 from .frontier import SCHEMA, Plan, read_attempts, read_sheet, score_file, spaces, trial_file
 from .points import LIMITS, Sheet, best_within
 from .resampling import RESAMPLES, interval, paired_tests, resample
@@ -20,13 +21,13 @@ from .tuning import Trials
 OUTCOMES = ("forgetting", "retention", *(f"forgetting_at_{limit:g}" for limit in LIMITS))
 
 
-def write_results(plan: Plan, trials: Trials, out: Path) -> dict[str, Any]:
+def write_results(plan: Plan, trials: Trials, out: Path, progress: Progress) -> dict[str, Any]:
     """Write results.json and what is made of it; every trial and scoring run must be there."""
     sheets = {c: read_sheet(out / "cases" / c / "questions.json") for c in (*plan.tune, *plan.score)}
     tuned = {m: [read_attempts(trial_file(out, m, n)) for n in range(plan.trials)] for m in plan.methods}
     scored = {m: [read_attempts(score_file(out, m, i))[0] for i in range(len(plan.seeds))] for m in plan.methods}
     runs = [{"method": m, **run_row(r)} for m in plan.methods for r in scored[m]]
-    drawn = draws(plan, sheets, scored)
+    drawn = draws(plan, sheets, scored, progress)
     methods = {}
     for m in plan.methods:
         own = [r for r in runs if r["method"] == m]
@@ -65,7 +66,8 @@ def run_row(attempt: Mapping[str, Any]) -> dict[str, Any]:
     return row
 
 
-def draws(plan: Plan, sheets: Mapping[str, Sheet], scored: Mapping[str, Sequence[Mapping[str, Any]]]
+def draws(plan: Plan, sheets: Mapping[str, Sheet], scored: Mapping[str, Sequence[Mapping[str, Any]]],
+          progress: Progress
           ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """{outcome: {method: [resamples]}}, all from the same resamples."""
     cases = [plan.case_of(i) for i in range(len(plan.seeds))]
@@ -78,7 +80,7 @@ def draws(plan: Plan, sheets: Mapping[str, Sheet], scored: Mapping[str, Sequence
         return {m: [values(a) for a in attempts] for m, attempts in scored.items()}
 
     wanted = {(m, limit): v for limit in (None, *LIMITS) for m, v in answers(limit).items()}
-    found = resample(sheets, cases, wanted, plan.seed)
+    found = resample(sheets, cases, wanted, plan.seed, progress)
     parts = [("forgetting", None, 0), ("retention", None, 1), *((f"forgetting_at_{x:g}", x, 0) for x in LIMITS)]
     return {o: {m: found[m, limit][at] for m in plan.methods} for o, limit, at in parts}
 

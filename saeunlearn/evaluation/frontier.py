@@ -94,7 +94,7 @@ def compare(plan: Plan, open_case: OpenCase, out: str | Path, progress: Progress
     from .comparison import write_results
 
     with locked(out / "locks" / "results", progress, "it writes the results"):
-        return write_results(plan, trials, out)
+        return write_results(plan, trials, out, progress)
 
 
 def claim(plan: Plan, out: Path) -> Path:

@@ -14,23 +14,23 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from ..progress import Progress
 from .points import Sheet, measures
 
 K = TypeVar("K", bound=Hashable)
 RESAMPLES = 10_000
-_CHUNK = 1000
+_CHUNK = 1000  # at a time, which bounds the memory
 
 
 def resample(sheets: Mapping[str, Sheet], cases: Sequence[str], answers: Mapping[K, Sequence[Sequence[float]]],
-             seed: int, resamples: int = RESAMPLES) -> dict[K, tuple[np.ndarray, np.ndarray]]:  # fmt: skip
-    """{name: (forgetting, retention)}, each [resamples]: means over the runs drawn.
+             seed: int, progress: Progress | None = None) -> dict[K, tuple[np.ndarray, np.ndarray]]:  # fmt: skip
+    """{name: (forgetting, retention)}, each [RESAMPLES]: means over the runs drawn.
 
     `cases`: the case of each run; `answers`: per name, for each run, what was answered right of its case's questions.
     """
-    rng = np.random.default_rng(seed)
+    rng, b = np.random.default_rng(seed), _CHUNK
     out: dict[K, tuple[list[np.ndarray], list[np.ndarray]]] = {name: ([], []) for name in answers}
-    for at in range(0, resamples, _CHUNK):
-        b = min(_CHUNK, resamples - at)
+    for _ in (progress or Progress()).over(range(RESAMPLES // b), "resampling"):
         weights = {case: _weights(sheets[case].groups, b, rng) for case in dict.fromkeys(cases)}
         runs = rng.integers(0, len(cases), (b, len(cases)))
         for name, values in answers.items():
