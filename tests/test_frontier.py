@@ -22,7 +22,9 @@ import torch
 from comparisons import PLAN, result_of, take_part
 from erasures import make
 from micro import at_step, state
+from sspu_runs import LAYER, sae_for
 
+from saeunlearn import figures
 from saeunlearn.corpus import Corpus
 from saeunlearn.errors import ConfigError, RunError
 from saeunlearn.evaluation import frontier
@@ -40,6 +42,7 @@ from saeunlearn.evaluation.points import (
 )
 from saeunlearn.evaluation.resampling import holm, paired_tests, resample
 from saeunlearn.evaluation.tuning import JOURNAL, mend
+from saeunlearn.guards import guard_of
 from saeunlearn.locks import FileLock
 from saeunlearn.methods import METHODS
 from saeunlearn.models import LanguageModel
@@ -108,6 +111,8 @@ def test_half_an_edit(llama: LanguageModel) -> None:
             now = llama.model.get_parameter(part.name).detach()
             torch.testing.assert_close(now, weights[part.name] + 0.5 * part.delta())
     assert at_strength(erasure, 1.0) is erasure
+    guard = make(llama, [guard_of(sae_for(), LAYER, [0, 1], strength=3.0)])  # type: ignore[list-item]
+    assert [p.runtime.spec["strength"] for p in at_strength(guard, 0.5).parts] == [1.5]  # type: ignore[attr-defined]
     assert all(torch.equal(p, weights[n]) for n, p in llama.model.named_parameters())
 
 
@@ -283,6 +288,17 @@ def test_tables_and_figures(whole: Path) -> None:
     assert Counter(r["phase"] for r in rows if r["strength"] == "1.0") == {"tune": 8, "score": 6}
     assert {"forget/seen", "near/seen"} <= set(rows[0])
     assert all((whole / f"{n}.png").stat().st_size > 5_000 for n in ("frontier", "constraints"))
+
+
+def test_bars_stand_for_methods_and_limits() -> None:
+    row = {"mean": 0.5, "low": 0.4, "high": 0.55, "runs": [0.45, 0.55]}
+    fig = figures.bars_at_limits([{"method": m, "limit": x, **row} for m in ("b", "a") for x in LIMITS])
+    ax = fig.axes[0]
+    assert [p.get_width() for p in ax.patches] == [0.5] * 4
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["b", "a"]
+    assert [t.get_text() for t in fig.legends[0].get_texts()] == ["retention ≥ 0.99", "retention ≥ 0.95"]
+    assert [list(line.get_xdata()) for line in ax.lines[:2]] == [[0.4, 0.55], [0.45, 0.55]]
+    assert [t.get_text() for t in figures.bars_at_limits([]).texts] == ["nothing was compared"]
 
 
 def test_what_is_finished_is_not_repeated(whole: Path, checkpoints: Any) -> None:
