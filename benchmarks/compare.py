@@ -1,12 +1,12 @@
-"""Methods at an equal tuning budget on sandbox worlds, on settings and worlds that no default was chosen on.
+"""Methods at an equal tuning budget on sandbox worlds, scored on worlds that no setting was chosen on.
 
     python benchmarks/compare.py --threads 1 & python benchmarks/compare.py --threads 1; wait
 
 Reduced (the default; made to end within the hour on 2 cores as two processes): SSPU, RMU, NPO, low-rank NPO, GradDiff
-and SimNPO, four trials each on world 0, then five scoring runs each with seeds 0 to 4 on worlds 31, 32, 33, 31, 32.
-`--full`: every method that needs no second model, 24 trials each on worlds 0 and 11 (ten drawn at random, then TPE),
-ten scoring runs on worlds 31 to 33. The same command goes on after an interruption, and any number of processes may
-take part; `--threads 1` in each keeps them out of each other's way.
+and SimNPO, four trials each on worlds 0 and 11, then five scoring runs each: seeds 0 to 4 on worlds 31, 32, 33, 31, 32.
+`--full`: every method that needs no second model, 24 trials each (the defaults, nine draws, then TPE), ten scoring
+runs. The same command goes on after an interruption, and any number of processes may take part; `--threads 1` in each
+keeps them out of each other's way.
 
 It is `saeunlearn compare --sandbox`; the folder then holds results.json, points.csv, table.md, table.tex and figures.
 Seconds in the table depend on what else the machine does; steps do not.
@@ -22,12 +22,12 @@ from saeunlearn.cli import main as saeunlearn
 from saeunlearn.evaluation.spaces import SPACES
 
 REDUCED = ["sspu", "rmu", "npo", "npo-lora", "graddiff", "simnpo"]
-WORLDS = [31, 32, 33]
+TUNE, WORLDS = [0, 11], [31, 32, 33]
 
 
 def command(full: bool, out: Path) -> list[str]:
-    methods, trials, tune, runs = (list(SPACES), 24, [0, 11], 10) if full else (REDUCED, 4, [0], 5)
-    given = {"methods": methods, "trials": [trials], "seeds": range(runs), "tune-worlds": tune, "worlds": WORLDS}
+    methods, trials, runs = (list(SPACES), 24, 10) if full else (REDUCED, 4, 5)
+    given = {"methods": methods, "trials": [trials], "seeds": range(runs), "tune-worlds": TUNE, "worlds": WORLDS}
     options = [x for name, values in given.items() for x in (f"--{name}", *map(str, values))]
     return ["compare", "--sandbox", *options, "--out", str(out)]
 
