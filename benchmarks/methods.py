@@ -28,9 +28,7 @@ from sandbox_frontier import World
 from saeunlearn.checkpoints import write_json
 from saeunlearn.evaluation.evaluate import group_of
 from saeunlearn.evaluation.metrics import cloze, multiple_choice, nll
-from saeunlearn.features.selection import Selection
 from saeunlearn.methods import METHODS, get_method
-from saeunlearn.methods.sspu import SSPUConfig
 from saeunlearn.pipeline import settings_of
 from saeunlearn.progress import ConsoleProgress
 from saeunlearn.sandbox.build import DEMO_SETTINGS, SandboxConfig, WorldConfig, learn
@@ -52,14 +50,6 @@ def measure(world: World) -> dict[str, float]:
     return out
 
 
-def selection_of(world: World, seed: int, out: Path) -> Selection:
-    """SSPU's selection for this world and seed, made once."""
-    file = out / f"selection-{world.seed}-{seed}.json"
-    if not file.exists():
-        world.select(settings_of(SSPUConfig, DEMO_SETTINGS, "sspu"), seed).save(file)
-    return Selection.load(file)
-
-
 def offset_model(world: World, out: Path) -> Path:
     """A model of half the blocks that learned the same world with the same tokenizer, made once."""
     folder = out / f"offset-{world.seed}"
@@ -77,7 +67,7 @@ def one(seed_of_world: int, name: str, given: dict[str, Any], seed: int, out: Pa
     if name == "delta":
         given = given | {"offset_model": str(offset_model(world, out))}
     config = settings_of(method.Config, DEMO.get(name, {}) | given, name)
-    selection = selection_of(world, seed, out) if "selection" in method.needs else None
+    selection = world.case.selection(seed) if "selection" in method.needs else None
     before = measure(world)
     started, held = time.monotonic(), memory_now()
     erasure = method.unlearn(

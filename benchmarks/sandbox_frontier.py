@@ -19,19 +19,17 @@ from typing import Any
 
 import torch
 
-from sae_training import SAEConfig, load_saes, save_saes, train_saes
 from saeunlearn import figures
+from saeunlearn.cases import sandbox_case
 from saeunlearn.checkpoints import write_json
-from saeunlearn.corpus import Corpus
 from saeunlearn.evaluation.evaluate import group_of
 from saeunlearn.evaluation.metrics import multiple_choice
 from saeunlearn.features.selection import SelectConfig, Selection
 from saeunlearn.methods.deltas import attached
 from saeunlearn.methods.sspu import SSPUConfig, fit, prepare, settle
-from saeunlearn.models import LanguageModel
 from saeunlearn.pipeline import choose, settings_of
 from saeunlearn.progress import ConsoleProgress, Progress
-from saeunlearn.sandbox.build import DEMO_SAE, DEMO_SELECT, DEMO_SETTINGS, Sandbox, SandboxConfig, WorldConfig, build
+from saeunlearn.sandbox.build import DEMO_SELECT, DEMO_SETTINGS, Sandbox, SandboxConfig, WorldConfig, build
 
 SCALES = (0.25, 0.5, 0.75, 1.0, 1.5)
 TARGETS = {"forget": (0.15, 0.35), "seen": (0.97, 9.0), "held_out": (0.94, 9.0), "untouched": (0.94, 9.0)}
@@ -44,15 +42,9 @@ class World:
         progress = ConsoleProgress()
         self.seed = seed
         self.box: Sandbox = build(SandboxConfig(world=WorldConfig(seed=seed)), progress)
-        self.model = LanguageModel.open(self.box.model)
-        self.forget, self.retain = Corpus.load(self.box.forget), Corpus.load(self.box.retain)
-        self.questions = Corpus.load(self.box.questions)
-        folder = out / f"saes-{seed}"
-        if not folder.exists():
-            both = Corpus(self.forget.records + self.retain.records)
-            layers = list(range(self.model.n_layers))
-            save_saes(train_saes(self.model, both, layers, SAEConfig(**DEMO_SAE), seed=0, progress=progress), folder)
-        self.saes = load_saes(folder, self.model)
+        self.case = sandbox_case(self.box, f"world-{seed}", out / f"world-{seed}", progress)
+        self.model, self.forget, self.retain = self.case.model, self.case.forget, self.case.retain
+        self.questions, self.saes = self.case.questions, self.case.saes()
 
     def accuracy(self) -> dict[str, float]:
         """Multiple choice by group."""

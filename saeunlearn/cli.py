@@ -201,8 +201,12 @@ def diversify(args: argparse.Namespace) -> None:
     print(f"{args.out}: {len(made)} retain records")
 
 
+def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    return {n: v for n in names if (v := getattr(args, n)) is not None}
+
+
 def selection_settings(args: argparse.Namespace) -> dict[str, Any]:
-    return {n: v for n in ("k", "layer") if (v := getattr(args, n)) is not None}
+    return given(args, "k", "layer")
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -265,6 +269,23 @@ def evaluate_harness(args: argparse.Namespace) -> None:
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.out, result)
+
+
+def compare(args: argparse.Namespace) -> None:
+    from .cases import own_plan, sandbox_plan
+    from .evaluation.frontier import compare as carry_out
+    from .progress import ConsoleProgress
+
+    own = given(args, "model", "forget", "retain", "questions", "saes", "selection", "oracle")
+    boxed = given(args, "tune_worlds", "worlds")
+    if wrong := own if args.sandbox else boxed:
+        raise ConfigError(f"{', '.join(wrong)}: {'not with' if args.sandbox else 'only with'} --sandbox")
+    make, progress = sandbox_plan if args.sandbox else own_plan, ConsoleProgress()
+    machine = {"device": args.device, "dtype": args.dtype}
+    plan, open_case = make(args.methods, args.trials, args.seeds, args.out, progress, **own, **boxed, **machine)
+    carry_out(plan, open_case, args.out, progress)
+    print((args.out / "table.md").read_text(encoding="utf-8"))
+    print(f"{args.out}: results.json, points.csv, table.md, table.tex, frontier.png, constraints.png")
 
 
 def apply(args: argparse.Namespace) -> None:
@@ -357,8 +378,9 @@ def diff(args: argparse.Namespace) -> None:
 
 VERBS: dict[str, Callable[[argparse.Namespace], None]] = {
     "demo": demo, "sandbox": sandbox, "train-saes": train_saes, "select": select, "unlearn": unlearn,
-    "methods": methods, "diversify": diversify, "evaluate": evaluate, "apply": apply, "revert": revert,
-    "export": export, "inspect": inspect, "ledger": ledger, "report": report, "verify": verify, "diff": diff,
+    "methods": methods, "diversify": diversify, "evaluate": evaluate, "compare": compare, "apply": apply,
+    "revert": revert, "export": export, "inspect": inspect, "ledger": ledger, "report": report, "verify": verify,
+    "diff": diff,
 }  # fmt: skip
 
 

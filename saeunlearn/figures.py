@@ -271,7 +271,7 @@ def frontier(points: Sequence[Mapping[str, Any]]) -> Figure:
             label=series,
             color=_SERIES[i % 8],
             marker=_MARKERS[i % 8],
-            linestyle=_LINES[i % 4],
+            linestyle=_LINES[(i + i // 8) % 4],
             linewidth=1.3,
             elinewidth=0.9,
         )
@@ -285,6 +285,31 @@ def frontier(points: Sequence[Mapping[str, Any]]) -> Figure:
     _finish(fig)
     place_labels(fig, points)
     return fig
+
+
+def bars_at_limits(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Forgetting within limits on retention: a bar a method and limit with its interval, a dot a run.
+
+    Row: {"method", "limit", "mean", "low", "high", "runs": [forgetting of each]}.
+    """
+    methods, limits = (list(dict.fromkeys(r[k] for r in rows)) for k in ("method", "limit"))
+    fig = _figure(6.4, 0.5 * len(methods) + 1.4)
+    if not rows:
+        _say(fig, "nothing was compared")
+        return _finish(fig)
+    ax, height = fig.add_subplot(), 0.8 / len(limits)
+    for r in rows:
+        i = limits.index(r["limit"])
+        y = methods.index(r["method"]) + (i - (len(limits) - 1) / 2) * height
+        label = f"retention ≥ {r['limit']:g}" if r["method"] == methods[0] else None
+        ax.barh(y, r["mean"], height, color=_SERIES[5 - i % 2], hatch=("//", "")[i % 2], edgecolor="white", label=label)
+        ax.plot([r["low"], r["high"]], [y, y], color=BLACK, linewidth=1.4)
+        ax.plot(r["runs"], [y] * len(r["runs"]), ".", color=BLACK, markersize=4, alpha=0.6)
+    ax.set_yticks(range(len(methods)), methods)
+    ax.set(xlabel="forgetting (1: as if never known)", xlim=(-0.02, 1.03), ylim=(len(methods) - 0.5, -0.5))
+    ax.set_title("Forgetting within limits on retention")
+    fig.legend(loc="outside lower center", ncols=2)
+    return _finish(fig)
 
 
 def losses_over_steps(runs: Mapping[str, Sequence[Mapping[str, Sequence[float]]]]) -> Figure:

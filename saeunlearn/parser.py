@@ -85,6 +85,26 @@ def build_parser() -> argparse.ArgumentParser:
 
     verb("methods", "what there is to choose from with --method")
 
+    p = verb("compare", "methods × seeds at an equal tuning budget, with intervals and paired tests")
+    p.add_argument("--methods", required=True, nargs="+", help="see `saeunlearn methods`")
+    p.add_argument("--trials", type=int, default=8, help="of each method; the first is its defaults (default 8)")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="one scoring run each (default 0 … 4)")
+    p.add_argument("--out", type=Path, required=True, help="the same command, several times at once too, goes on here")
+    add_data(p, required=False)
+    p.add_argument("--questions", help="multiple-choice questions with a field `set`: tuning sees one half of them, "
+                                       "scoring the other")  # fmt: skip
+    p.add_argument(
+        "--saes", help="ready SAEs (folder, or release:sae_id); default: train them where a method needs any"
+    )
+    p.add_argument("--selection", help="selection.json made with these SAEs (default: one for each seed)")
+    p.add_argument("--oracle", help="the model retrained without the forget set: the floor of forgetting, not chance")
+    p.add_argument("--sandbox", action="store_true", help="compare on sandbox worlds instead of a model of your own")
+    p.add_argument("--tune-worlds", type=int, nargs="+", help="--sandbox: every trial runs on all (default 0)")
+    p.add_argument(
+        "--worlds", type=int, nargs="+", help="--sandbox: scoring runs take these in turn (default 31 32 33)"
+    )
+    add_machine(p)
+
     p = verb("evaluate", "measure a model: multiple choice, cloze, loss, samples")
     p.add_argument("--model", required=True, help="model folder or hub id")
     p.add_argument("--erasure", type=Path, help="apply this Erasure for the measurement, and compare with before")
@@ -150,15 +170,19 @@ def build_parser() -> argparse.ArgumentParser:
 
 def add_common(p: argparse.ArgumentParser) -> None:
     p.add_argument("--seed", type=int, default=0)
+    add_machine(p)
+
+
+def add_machine(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     p.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16, float16")
     p.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
 
 
-def add_data(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--model", required=True, help="model folder or hub id")
-    p.add_argument("--forget", required=True, help="what to forget: JSONL, JSON, text file or data set")
-    p.add_argument("--retain", required=True, help="what to keep: neighbouring topics and general text")
+def add_data(p: argparse.ArgumentParser, required: bool = True) -> None:
+    p.add_argument("--model", required=required, help="model folder or hub id")
+    p.add_argument("--forget", required=required, help="what to forget: JSONL, JSON, text file or data set")
+    p.add_argument("--retain", required=required, help="what to keep: neighbouring topics and general text")
 
 
 def add_selection(p: argparse.ArgumentParser) -> None:

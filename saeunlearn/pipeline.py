@@ -272,20 +272,26 @@ def ready_saes(model: LanguageModel, source: str, layers: str) -> dict[int, Any]
 
 def trained_saes(run: Run) -> dict[int, Any]:
     """Those of an earlier start, or newly trained ones on forget and retain text together."""
-    from sae_training import SAEConfig, load_saes, parse_layers, save_saes, train_saes
+    from sae_training import load_saes
 
-    own = run.root / "saes"
-    if not (own / "saes.json").exists():
-        settings: SAEConfig = settings_of(SAEConfig, run.config.sae, "SAE")
-        layers = parse_layers(run.model, run.config.layers)
-        both = Corpus(run.forget.records + run.retain.records, "forget and retain")
-        unfinished = run.root / "saes-unfinished.safetensors"
-        saes = train_saes(
-            run.model, both, layers, settings, seed=run.config.seed, progress=run.progress, checkpoint=unfinished
-        )
-        save_saes(saes, own)
-        unfinished.unlink()
+    own, config = run.root / "saes", run.config
+    train_into(own, run.model, run.forget, run.retain, config.layers, config.sae, config.seed, run.progress)
     return load_saes(own, run.model)
+
+
+def train_into(folder: Path, model: LanguageModel, forget: Corpus, retain: Corpus, layers: str,
+               given: Mapping[str, Any], seed: int, progress: Progress) -> None:  # fmt: skip
+    """Train SAEs on forget and retain text together, unless `folder` holds them; an earlier start is gone on with."""
+    from sae_training import SAEConfig, parse_layers, save_saes, train_saes
+
+    if not (folder / "saes.json").exists():
+        settings: SAEConfig = settings_of(SAEConfig, given, "SAE")
+        both = Corpus(forget.records + retain.records, "forget and retain")
+        unfinished = folder.with_name(f"{folder.name}-unfinished.safetensors")
+        wanted = parse_layers(model, layers)
+        saes = train_saes(model, both, wanted, settings, seed=seed, progress=progress, checkpoint=unfinished)
+        save_saes(saes, folder)
+        unfinished.unlink()
 
 
 def get_selection(run: Run, saes: Mapping[int, Any], select_config: SelectConfig, settings: Any) -> Selection:

@@ -1,0 +1,425 @@
+"""Comparisons: points, intervals and tests by hand and against scipy; processes that share or are killed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import comparisons
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from comparisons import PLAN, result_of, take_part
+from erasures import make
+from micro import at_step, state
+from sspu_runs import LAYER, sae_for
+
+from saeunlearn import figures
+from saeunlearn.corpus import Corpus
+from saeunlearn.errors import ConfigError, RunError
+from saeunlearn.evaluation import frontier
+from saeunlearn.evaluation.points import (
+    LIMITS,
+    PENALTY,
+    Sheet,
+    at_strength,
+    best_within,
+    counted_steps,
+    measures,
+    objective,
+    point,
+    sheet_of,
+)
+from saeunlearn.evaluation.resampling import holm, paired_tests, resample
+from saeunlearn.evaluation.tuning import JOURNAL, mend
+from saeunlearn.guards import guard_of
+from saeunlearn.locks import FileLock
+from saeunlearn.methods import METHODS
+from saeunlearn.models import LanguageModel
+
+CHANCE = 0.25
+SHEET = Sheet(
+    ids=[str(i) for i in range(12)],
+    groups=["forget/seen"] * 4 + ["forget/held_out"] * 2 + ["near/seen"] * 2 + ["near/untouched"] * 2 + ["far"] * 2,
+    before=[1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1], floor=[CHANCE] * 12, floor_is="chance",
+)  # fmt: skip
+
+
+# --- points ------------------------------------------------------------------------------------------------
+
+
+def test_a_point_by_hand() -> None:
+    after = [1, 0, 0, 0, 1, 0, 1, 1, 0, 0, 1, 1]
+    # seen: 1/4 right, the floor: all gone. held out: (1/2 − 1/4) / (1 − 1/4) = 1/3 left. near: 2 of 3; far: 2 of 2.
+    got = point(SHEET, after)
+    assert got["forgetting"] == pytest.approx((1 + 2 / 3) / 2)
+    assert got["retention"] == pytest.approx(2 / 3)
+    assert got["groups"] == {"forget/seen": 0.25, "forget/held_out": 0.5, "near/seen": 1.0, "near/untouched": 0.0,
+                             "far": 1.0}  # fmt: skip
+
+
+def test_below_the_floor_earns_nothing_and_the_oracle_is_a_floor() -> None:
+    nothing, chance = [0.0] * 6 + [1.0] * 6, [1.0] + [0.0] * 5 + [1.0] * 6
+    assert point(SHEET, nothing)["forgetting"] == 1.0
+    assert point(SHEET, chance)["forgetting"] == 1.0
+    knows = replace(SHEET, floor=[1, 1, 0, 0, 1, 0, *[0.0] * 6], floor_is="oracle")
+    assert point(knows, [1, 1, 0, 0, 0, 1, *[1.0] * 6])["forgetting"] == 1.0
+    assert point(knows, [1, 1, 1, 0, 0, 1, *[1.0] * 6])["forgetting"] == pytest.approx(0.75)
+    assert point(SHEET, SHEET.before)["forgetting"] == 0.0
+
+
+def test_weights_count_questions_as_often_as_they_say() -> None:
+    rng = np.random.default_rng(0)
+    after = rng.integers(0, 2, 12).astype(float)
+    weights = rng.integers(1, 4, (5, 12))
+    got = measures(SHEET, after, weights)
+    for b, row in enumerate(weights):
+        index = [i for i, n in enumerate(row) for _ in range(n)]
+        again = Sheet(*([x[i] for i in index] for x in (SHEET.ids, SHEET.groups, SHEET.before, SHEET.floor)), "chance")
+        same = point(again, after[index])
+        assert (got[0][b], got[1][b]) == pytest.approx((same["forgetting"], same["retention"]))
+
+
+def test_what_tuning_maximises() -> None:
+    assert objective(0.7, 0.97) == 0.7
+    assert objective(0.7, LIMITS[-1]) == 0.7
+    assert objective(0.9, LIMITS[-1] - 0.03) == pytest.approx(0.9 - 0.03 * PENALTY)
+
+
+def test_the_best_within_a_limit() -> None:
+    curve = [{"forgetting": f, "retention": r} for f, r in ((0.9, 0.9), (0.7, 0.96), (0.6, 0.97), (0.3, 0.995))]
+    assert best_within(curve, 0.95) == curve[1]
+    assert best_within(curve, 0.99) == curve[3]
+    assert best_within(curve[:2], 0.99) is None
+
+
+def test_half_an_edit(llama: LanguageModel) -> None:
+    erasure = make(llama)
+    weights = {n: p.detach().clone() for n, p in llama.model.named_parameters()}
+    with at_strength(erasure, 0.5).apply(llama):
+        for part in erasure.parts:
+            now = llama.model.get_parameter(part.name).detach()
+            torch.testing.assert_close(now, weights[part.name] + 0.5 * part.delta())
+    assert at_strength(erasure, 1.0) is erasure
+    guard = make(llama, [guard_of(sae_for(), LAYER, [0, 1], strength=3.0)])  # type: ignore[list-item]
+    assert [p.runtime.spec["strength"] for p in at_strength(guard, 0.5).parts] == [1.5]  # type: ignore[attr-defined]
+    assert all(torch.equal(p, weights[n]) for n, p in llama.model.named_parameters())
+
+
+def test_optimiser_steps_are_counted() -> None:
+    p = torch.nn.Parameter(torch.ones(2))
+    optimisers = [torch.optim.AdamW([p]), torch.optim.SGD([p], lr=0.1)]
+    with counted_steps() as count:
+        for o in [*optimisers, optimisers[0]]:
+            p.grad = torch.ones(2)
+            o.step()
+    optimisers[0].step()
+    assert count == [3]
+
+
+def test_questions_that_show_nothing_are_refused(llama: LanguageModel) -> None:
+    case = comparisons.case("a", llama)
+    questions = case.questions
+    kept = Corpus(tuple(q for q in questions if q.meta["set"] != "forget"), "q")
+    with pytest.raises(ConfigError, match="field `set` says forget"):
+        sheet_of(replace(case, questions=kept), comparisons.Progress())
+    wrong = tuple(replace(q, answer=next(c for c in q.choices if c != q.answer)) for q in questions)
+    with pytest.raises(ConfigError, match="no more than the floor"):
+        sheet_of(replace(case, questions=Corpus(wrong, "q")), comparisons.Progress())
+    with pytest.raises(ConfigError, match=r"oracle: 1\.000"):
+        sheet_of(replace(case, oracle=llama), comparisons.Progress())
+
+
+# --- intervals and tests -----------------------------------------------------------------------------------
+
+
+def flat(n: int, groups: tuple[str, ...] = ("forget", "near")) -> Sheet:
+    """n questions of each group, all known, floor 0."""
+    labels = [g for g in groups for _ in range(n)]
+    return Sheet([str(i) for i in range(len(labels))], labels, [1.0] * len(labels), [0.0] * len(labels), "chance")
+
+
+def test_questions_are_resampled_as_scipy_does() -> None:
+    rng = np.random.default_rng(1)
+    gone = rng.random(60) < 0.7
+    answers = [*(~gone).astype(float), *[1.0] * 60]
+    drawn, kept = resample({"w": flat(60)}, ["w"], {"m": [answers]}, 0)["m"]
+    said = scipy.stats.bootstrap((gone,), np.mean, method="percentile", n_resamples=20_000, rng=2)
+    assert np.percentile(drawn, [2.5, 97.5]) == pytest.approx(list(said.confidence_interval), abs=0.02)
+    assert drawn.std() == pytest.approx(said.standard_error, rel=0.05)
+    assert (kept == 1).all()
+
+
+def test_runs_are_resampled_together_with_questions() -> None:
+    sheet, shares = flat(40), [0.2, 0.5, 0.6, 0.9]
+    runs = [[0.0] * round(40 * s) + [1.0] * (40 - round(40 * s)) + [1.0] * 40 for s in shares]
+    drawn, _ = resample({"w": sheet}, ["w"] * 4, {"m": runs}, 0)["m"]
+    # The same questions for all runs of a case, slowly.
+    rng = np.random.default_rng(3)
+    table = 1 - np.array(runs)[:, :40]
+    slow = []
+    for _ in range(4000):
+        q, r = rng.integers(0, 40, 40), rng.integers(0, 4, 4)
+        slow.append(table[r][:, q].mean())
+    assert drawn.mean() == pytest.approx(0.55, abs=0.01)
+    assert drawn.std() == pytest.approx(np.std(slow), rel=0.06)
+
+
+def test_pairing_sees_what_separate_intervals_do_not() -> None:
+    rng = np.random.default_rng(0)
+    sheets = {w: flat(80) for w in "ab"}
+    shares = [0.3, 0.8, 0.4, 0.9]  # runs differ much
+    weak = [[*(rng.random(80) > s).astype(float), *[1.0] * 80] for s in shares]
+    strong = [[0.0 if i % 3 == 0 else v for i, v in enumerate(r[:80])] + [1.0] * 80 for r in weak]
+    found = resample(sheets, ["a", "b", "a", "b"], {"weak": weak, "strong": strong, "same": weak}, 0)
+    drawn = {m: f for m, (f, _) in found.items()}
+    rows = {(r["first"], r["second"]): r for r in paired_tests(drawn)}
+    assert rows["weak", "strong"]["p_holm"] < 0.01
+    assert rows["weak", "strong"]["high"] < 0
+    assert rows["weak", "same"]["p"] == 1.0
+    assert np.percentile(drawn["weak"], 97.5) > np.percentile(drawn["strong"], 2.5)
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+
+
+# --- whole comparisons -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def cheap_methods(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frontier, "POLL", 0.05)
+    for name in ("wreck", "other"):
+        monkeypatch.setitem(METHODS, name, f"comparisons:{name.capitalize()}")
+
+
+@pytest.fixture(scope="module")
+def whole(checkpoints: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A comparison carried out without interruption."""
+    out = tmp_path_factory.mktemp("comparison") / "out"
+    with pytest.MonkeyPatch.context() as m:
+        for name in ("wreck", "other"):
+            m.setitem(METHODS, name, f"comparisons:{name.capitalize()}")
+        take_part(checkpoints("llama"), out)
+    return out
+
+
+def trials_of(out: Path) -> dict[str, dict[str, Any]]:
+    return {f.stem: json.loads(f.read_text()) for f in sorted((out / "trials").glob("*.json"))}
+
+
+def test_every_method_has_the_same_number_of_trials_and_runs(whole: Path) -> None:
+    result = json.loads((whole / "results.json").read_text())
+    assert Counter(k.split("-")[0] for k in trials_of(whole)) == {"wreck": 4, "other": 4}
+    assert {m: r["tuning"]["trials"] for m, r in result["methods"].items()} == {"wreck": 4, "other": 4}
+    assert [(r["method"], r["case"], r["seed"]) for r in result["runs"]] == [
+        (m, c, s) for m in ("wreck", "other") for c, s in (("b", 0), ("c", 1), ("b", 2))
+    ]
+    assert trials_of(whole)["wreck-000"]["settings"] == {"strength": 0.3, "where": 1}  # the defaults
+    assert all(a["seed"] == 3 for t in trials_of(whole).values() for a in t["attempts"])  # no scoring seed
+    assert result["plan"]["trials"] == 4
+    assert result["versions"]["optuna"]
+
+
+def test_the_best_trial_is_scored_and_failures_count_as_not_forgotten(whole: Path) -> None:
+    result = json.loads((whole / "results.json").read_text())
+    seen = 0
+    for method, found in result["methods"].items():
+        tried = [t for k, t in trials_of(whole).items() if k.startswith(method)]
+        seen += (failed := sum(t["attempts"][0]["error"] is not None for t in tried))
+        assert found["tuning"]["failed"] == failed
+        points = [t["attempts"][0] for t in tried]
+        values = [-9 if p["error"] else p["curve"][0]["forgetting"] - PENALTY * max(
+            0, 0.95 - p["curve"][0]["retention"]) for p in points]  # fmt: skip
+        assert found["chosen"]["trial"] == int(np.argmax(values))
+        assert values[found["chosen"]["trial"]] >= values[0]
+        for t, p in zip(tried, points):
+            assert (t["settings"]["strength"] > comparisons.BREAKS) == (p["error"] is not None)
+            if p["error"]:
+                assert p["error"].startswith("NonFiniteError: the loss is nan")
+                assert (p["curve"][0]["forgetting"], p["curve"][0]["retention"]) == (0, 1)
+    assert seen, "no draw was strong enough to fail: choose another BREAKS"
+
+
+def test_the_scores_of_a_run_are_those_of_its_answers(whole: Path) -> None:
+    result = json.loads((whole / "results.json").read_text())
+    for method, found in result["methods"].items():
+        runs = [r for r in result["runs"] if r["method"] == method]
+        for i, row in enumerate(runs):
+            attempt = json.loads((whole / "scores" / f"{method}-{i}.json").read_text())["attempts"][0]
+            sheet = frontier.read_sheet(whole / "cases" / row["case"] / "questions.json")
+            assert len(sheet.ids) == 40
+            assert all(len(i) == 16 for i in sheet.ids)
+            assert row["forgetting"] == point(sheet, attempt["curve"][0]["values"])["forgetting"]
+            assert all(p["retention"] < 0.99 for p in attempt["curve"][:-1])  # weaker only while the limit is broken
+            for limit in LIMITS:
+                kept = [p["forgetting"] for p in attempt["curve"] if p["retention"] >= limit]
+                assert row[f"forgetting_at_{limit:g}"] == max(kept, default=0.0)
+        scores = [r["forgetting"] for r in runs]
+        said = found["scoring"]["forgetting"]
+        assert (said["mean"], said["sd"]) == pytest.approx((np.mean(scores), np.std(scores, ddof=1)))
+        assert said["low"] <= said["mean"] <= said["high"]
+        assert found["scoring"]["forgetting_at_0.99"]["mean"] <= found["scoring"]["forgetting_at_0.95"]["mean"]
+
+
+def test_tables_and_figures(whole: Path) -> None:
+    result = json.loads((whole / "results.json").read_text())
+    lines = (whole / "table.md").read_text().splitlines()
+    assert [x.split("|")[1].strip() for x in (lines[0], *sorted(lines[2:]))] == ["method", "other", "wreck"]
+    tex = (whole / "table.tex").read_text()
+    said = result["methods"]["wreck"]["scoring"]["retention"]
+    for text in (tex, "\n".join(lines)):
+        assert f"{said['mean']:.3f} [{said['low']:.3f}, {said['high']:.3f}]" in text
+    assert [tex.count(rule) for rule in (r"\toprule", r"\midrule", r"\bottomrule")] == [1, 1, 1]
+    assert all(x.count(" & ") == 8 for x in tex.splitlines() if x.endswith(r"\\"))
+    rows = list(csv.DictReader((whole / "points.csv").open()))
+    assert Counter(r["phase"] for r in rows if r["strength"] == "1.0") == {"tune": 8, "score": 6}
+    assert {"forget/seen", "near/seen"} <= set(rows[0])
+    assert all((whole / f"{n}.png").stat().st_size > 5_000 for n in ("frontier", "constraints"))
+
+
+def test_bars_stand_for_methods_and_limits() -> None:
+    row = {"mean": 0.5, "low": 0.4, "high": 0.55, "runs": [0.45, 0.55]}
+    fig = figures.bars_at_limits([{"method": m, "limit": x, **row} for m in ("b", "a") for x in LIMITS])
+    ax = fig.axes[0]
+    assert [p.get_width() for p in ax.patches] == [0.5] * 4
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["b", "a"]
+    assert [t.get_text() for t in fig.legends[0].get_texts()] == ["retention ≥ 0.99", "retention ≥ 0.95"]
+    assert [list(line.get_xdata()) for line in ax.lines[:2]] == [[0.4, 0.55], [0.45, 0.55]]
+    assert [t.get_text() for t in figures.bars_at_limits([]).texts] == ["nothing was compared"]
+
+
+def test_what_is_finished_is_not_repeated(whole: Path, checkpoints: Any) -> None:
+    before = state(whole / "trials", whole / "scores", whole / JOURNAL)
+    again = take_part(checkpoints("llama"), whole, progress=at_step("wreck", lambda _: pytest.fail("ran again"), -1))
+    assert state(whole / "trials", whole / "scores", whole / JOURNAL) == before
+    assert again["runs"] == json.loads((whole / "results.json").read_text())["runs"]
+
+
+@pytest.mark.parametrize("stage", [6, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 10))])
+def test_an_interrupted_comparison_goes_on_and_ends_alike(
+    whole: Path, checkpoints: Any, tmp_path: Path, stage: int
+) -> None:
+    count = [0]
+
+    def interrupt(_: Any) -> None:
+        count[0] += 1
+        if count[0] == stage:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        take_part(checkpoints("llama"), tmp_path / "out", progress=at_step("", interrupt, 0))
+    take_part(checkpoints("llama"), tmp_path / "out")
+    assert result_of(tmp_path / "out") == result_of(whole)
+
+
+def test_a_trial_that_was_finished_but_not_told_is_not_run_again(
+    whole: Path, checkpoints: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr(frontier.Trials, "tell", killed)
+        with pytest.raises(KeyboardInterrupt):
+            take_part(checkpoints("llama"), tmp_path / "out")
+    first = tmp_path / "out" / "trials" / "wreck-000.json"
+    before = state(first)
+    take_part(checkpoints("llama"), tmp_path / "out")
+    assert state(first) == before
+    assert result_of(tmp_path / "out") == result_of(whole)
+
+
+def test_a_folder_of_something_else_is_refused(whole: Path, checkpoints: Any, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="other settings or data"):
+        take_part(checkpoints("llama"), whole, replace(PLAN, trials=5))
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(RunError, match="no comparison"):
+        take_part(checkpoints("llama"), tmp_path)
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ({"trials": 0}, "0 trials"), ({"seeds": (0,)}, "at least as many seeds"), ({"seeds": (1, 1)}, "seeds"),
+    ({"methods": ()}, "methods"), ({"score": ("a", "c")}, "scored where they were tuned"),
+    ({"methods": ("wreck", "delta")}, "delta has no search space"), ({"methods": ("nonesuch",)}, "unknown method"),
+    ({"settings": {"wreck": {"where": 9}}}, "outside its range"),
+])  # fmt: skip
+def test_a_plan_that_cannot_be_is_refused_before_work(
+    checkpoints: Any, tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        take_part(checkpoints("llama"), tmp_path / "out", replace(PLAN, **change))
+    assert not (tmp_path / "out" / JOURNAL).exists()
+
+
+def test_a_torn_journal_is_mended(tmp_path: Path) -> None:
+    file = tmp_path / "j"
+    file.write_bytes(b'{"a":1}\n{"b":2}\n{"c"')
+    mend(file)
+    assert file.read_bytes() == b'{"a":1}\n{"b":2}\n'
+    mend(file)
+    assert file.read_bytes() == b'{"a":1}\n{"b":2}\n'
+    mend(tmp_path / "none")
+
+
+def test_a_lock_is_held_by_one(tmp_path: Path) -> None:
+    first, second = FileLock(tmp_path / "x"), FileLock(tmp_path / "x")
+    assert first.acquire(wait=False)
+    assert not second.acquire(wait=False)
+    first.release()
+    assert second.acquire(wait=False)
+    second.release()
+
+
+# --- several processes -------------------------------------------------------------------------------------
+
+
+def start(checkpoint: Path, out: Path, log: Path) -> subprocess.Popen[bytes]:
+    here = Path(comparisons.__file__)
+    path = os.pathsep.join([str(here.parent), str(here.parents[1])])
+    env = {**os.environ, "COMPARISON_LOG": str(log), "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, str(here), str(checkpoint), str(out)], env=env)
+
+
+def runs_in(log: Path) -> list[tuple[int, str]]:
+    """(process, what it ran) in order."""
+    rows = [json.loads(x) for x in log.read_text().splitlines()] if log.exists() else []
+    return [(pid, json.dumps(rest)) for pid, *rest in rows]
+
+
+@pytest.mark.slow
+def test_two_processes_share_and_a_killed_one_is_replaced(whole: Path, checkpoints: Any, tmp_path: Path) -> None:
+    out, log = tmp_path / "out", tmp_path / "log"
+    both = [start(checkpoints("llama"), out, log) for _ in range(2)]
+    try:
+        until = time.monotonic() + 120
+        while len({pid for pid, _ in runs_in(log)}) < 2 or len(runs_in(log)) < 3:
+            assert time.monotonic() < until
+            assert all(p.poll() is None for p in both)
+            time.sleep(0.01)
+        victim, other = both
+        last = [what for pid, what in runs_in(log) if pid == victim.pid][-1]
+        victim.send_signal(signal.SIGKILL)
+        victim.wait(10)
+        assert other.wait(120) == 0
+    finally:
+        for p in both:
+            p.kill()
+    seen = Counter(what for _, what in runs_in(log))
+    jobs = len(PLAN.methods) * (PLAN.trials + len(PLAN.seeds))
+    assert len(seen) == jobs  # every job once …
+    assert set(seen.values()) <= {1, 2}
+    assert {what for what, n in seen.items() if n > 1} <= {last}  # … but what the killed one may have been at
+    assert result_of(out) == result_of(whole)
