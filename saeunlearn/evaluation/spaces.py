@@ -60,7 +60,7 @@ SPACES: dict[str, dict[str, Field]] = {
     "idkdpo": {"lr": RATE, "beta": Field(0.005, 0.5), "retain_weight": WEIGHT, "max_retain_rise": LIMIT},
     "crisp": {"lr": RATE, "steps": STEPS, "retain_weight": Field(0.3, 30.0), "max_retain_rise": LIMIT},
     "reglu": {"lr": RATE, "mix": Field(0.1, 0.9, log=False), "retain_weight": WEIGHT, "max_retain_rise": LIMIT},
-    "unierase": {"clamp": Field(0.25, 3.0), "cut": Field(0.005, 0.5), "lam": Field(0.01, 1.0),
+    "unierase": {"clamp": Field(0.25, 3.0), "cut": Field(0.05, 1.0), "lam": Field(0.001, 1.0),
                  "max_retain_rise": LIMIT},
     "clamp": {"strength": STRENGTH, "max_retain_rise": LIMIT},
     "conditional": {"strength": STRENGTH, "percentile": Field(90.0, 99.9, log=False), "max_retain_rise": LIMIT},
