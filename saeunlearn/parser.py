@@ -115,9 +115,8 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--harness", metavar="TASK[,TASK…]", help="measure tasks of the lm-evaluation-harness instead")
     p.add_argument("--harness-path", type=Path, metavar="DIR", help="folder with own task files of the harness")
     p.add_argument("--limit", type=int, metavar="N", help="with --harness: the first N documents of each task")
-    p.add_argument("--include-text", action="store_true", help="with --harness: keep documents, prompts and answers")
     p.add_argument("--out", type=Path, help="JSON file for the result")
-    p.add_argument("--include-text", action="store_true", help="name subgroups of questions by their labels")
+    p.add_argument("--include-text", action="store_true", help="keep texts: labels of subgroups, harness documents")
     add_common(p)
 
     p = verb("apply", "Erasure + checkpoint folder → checkpoint folder, shard by shard")
