@@ -5,9 +5,9 @@
 Each run is a process of its own (so that its peak memory is its own) and leaves a JSON file; finished ones are not
 repeated, and several processes may share a folder. Methods that need SAEs and a selection get those of SSPU's own run
 of the same seed; SSPU runs with the settings of `saeunlearn demo`; delta's small model has half the blocks and learned
-the same world. Writes table.md: forget as it is, near and far as
-shares of the original (the worst of seen, held-out and untouched); `generated`: the share of questions whose greedy
-continuation is the right answer; the retain loss: its rise on near and far text; memory: the rise of the peak.
+the same world. Writes table.md: forget as it is, near and far as shares of the original (the worst of seen, held-out and
+untouched); `generated`: the share of questions whose greedy continuation is the right answer; the retain loss: its rise
+on near and far text; memory: the rise of the peak. A token method has a second row, with its token banned from decoding.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from saeunlearn.pipeline import settings_of
 from saeunlearn.progress import ConsoleProgress
 from saeunlearn.sandbox.build import DEMO_SETTINGS, SandboxConfig, WorldConfig, learn
 from saeunlearn.sandbox.world import make_world
+from saeunlearn.tokens import banned
 
 DEMO = {"sspu": DEMO_SETTINGS, "sspu-soft": {**DEMO_SETTINGS, "form": "soft"}}
 
@@ -75,9 +76,14 @@ def one(seed_of_world: int, name: str, given: dict[str, Any], seed: int, out: Pa
         saes=world.saes if "saes" in method.needs else {}, seed=seed, progress=ConsoleProgress(),
     )  # fmt: skip
     seconds, peak = time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    without: dict[str, float] = {}
     with erasure.apply(world.model):
         after = measure(world)
+        if method.kind == "token":
+            with banned(world.model, config.token):
+                without = measure(world)
     return {"world": seed_of_world, "method": name, "kind": method.kind, "seed": seed, "before": before, "after": after,
+            "banned": without,
             "seconds": seconds, "memory_mb": max(0.0, peak - held), "changed": erasure.manifest["changed"]["share"],
             "extra": erasure.manifest["extra"], "config": erasure.manifest["config"]}  # fmt: skip
 
@@ -119,6 +125,7 @@ def table(out: Path) -> str:
     titles = ["method", "kind", "forget seen", "forget held out", "generated", "near kept", "far kept",
               "near generated", "far generated", "retain loss +%", "s", "MB", "changed %"]  # fmt: skip
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    found += [{**r, "method": f"{r['method']}, token banned", "after": r["banned"]} for r in found if r.get("banned")]
     for name in dict.fromkeys(["sspu", "sspu-soft", *METHODS, *(r["method"] for r in found)]):
         if runs := [r for r in found if r["method"] == name]:
             lines.append(row(runs))
