@@ -5,9 +5,9 @@
 Each run is a process of its own (so that its peak memory is its own) and leaves a JSON file; finished ones are not
 repeated, and several processes may share a folder. Methods that need SAEs and a selection get those of SSPU's own run
 of the same seed; SSPU runs with the settings of `saeunlearn demo`; delta's small model has half the blocks and learned
-the same world. Writes table.md: forget as it is, near and far as shares of the original (the worst of seen, held-out and
-untouched); `generated`: the share of questions whose greedy continuation is the right answer; the retain loss: its rise
-on near and far text; memory: the rise of the peak. A token method has a second row, with its token banned from decoding.
+the same world. Writes table.md: forget as it is, near and far as shares of the original (the worst of seen, held-out
+and untouched); `generated`: the share of questions whose greedy continuation is the right answer; the retain loss: its
+rise on near and far text; memory: the rise of the peak. A token method has a second row: with its token banned.
 """
 
 from __future__ import annotations
