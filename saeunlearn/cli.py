@@ -13,6 +13,7 @@ from .errors import ConfigError, SaeunlearnError
 from .options import further_settings, named_files, whole_numbers
 from .parser import build_parser
 from .terminal import (
+    attack_lines,
     json_or_empty,
     layer_lines,
     method_lines,
@@ -280,6 +281,18 @@ def ledger(args: argparse.Namespace) -> None:
     show_ledger(args.checkpoint, read_ledger(args.checkpoint))
 
 
+def attack(args: argparse.Namespace) -> None:
+    from .attack_run import attack_run
+    from .progress import ConsoleProgress
+
+    document = attack_run(
+        args.run, ConsoleProgress(), oracle=args.oracle, names=args.attacks.split(",") if args.attacks else None,
+        budget=args.budget, seed=args.seed, device=args.device, dtype=args.dtype,
+    )  # fmt: skip
+    print(attack_lines(document))
+    print(f"{args.run}: attacks.json, figures/attacks.png, figures/relearning.png")
+
+
 def report(args: argparse.Namespace) -> None:
     from .evaluation.report import write_report
 
@@ -289,7 +302,7 @@ def report(args: argparse.Namespace) -> None:
 VERBS: dict[str, Callable[[argparse.Namespace], None]] = {
     "demo": demo, "sandbox": sandbox, "train-saes": train_saes, "select": select, "unlearn": unlearn,
     "methods": methods, "diversify": diversify, "evaluate": evaluate, "apply": apply, "revert": revert,
-    "export": export, "inspect": inspect, "ledger": ledger, "report": report,
+    "export": export, "inspect": inspect, "ledger": ledger, "attack": attack, "report": report,
 }  # fmt: skip
 
 
