@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import SENTENCES
@@ -146,14 +147,14 @@ def test_the_lens_is_norm_and_head(llama: LanguageModel) -> None:
     assert torch.allclose(Lens(llama, 1).logits(IDS), slow, atol=1e-5)
 
 
-def test_ridge_is_that_of_scikit_learn() -> None:
-    from sklearn.linear_model import Ridge
-
-    g = torch.Generator().manual_seed(0)
-    x, y, new = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((20, 6), (20, 3), (5, 6)))
-    strength = 0.1 * float((x - x.mean(0)).pow(2).sum()) / 6
-    expected = Ridge(alpha=strength).fit(x.numpy(), y.numpy()).predict(new.numpy())
-    assert torch.allclose(ridge_regression(x, y, new, 0.1), torch.tensor(expected))
+def test_ridge_is_least_squares_with_rows_that_pull_to_zero() -> None:
+    rng = np.random.default_rng(0)
+    x, y, new = rng.normal(size=(20, 6)), rng.normal(size=(20, 3)), rng.normal(size=(5, 6))
+    strength = 0.1 * ((x - x.mean(0)) ** 2).sum() / 6
+    rows = np.vstack([x - x.mean(0), np.sqrt(strength) * np.eye(6)])
+    slope = np.linalg.lstsq(rows, np.vstack([y - y.mean(0), np.zeros((6, 3))]), rcond=None)[0]
+    found = ridge_regression(torch.tensor(x), torch.tensor(y), torch.tensor(new), 0.1)
+    assert np.allclose(found.numpy(), (new - x.mean(0)) @ slope + y.mean(0))
 
 
 def test_probes_find_what_the_stream_holds_and_nothing_else(llama: LanguageModel) -> None:
