@@ -10,9 +10,10 @@ from contextlib import nullcontext
 from typing import Any
 
 from .errors import ConfigError, SaeunlearnError, VerificationError
-from .options import further_settings, named_files, whole_numbers
+from .options import further_settings, given, method_settings, named_files, selection_settings, whole_numbers
 from .parser import build_parser
 from .terminal import (
+    attack_lines,
     check_lines,
     diff_lines,
     json_or_empty,
@@ -53,13 +54,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nsaeunlearn: cancelled; the same command goes on from the last finished step", file=sys.stderr)
         return 130
     return 0
-
-
-def method_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The method's settings as given. Raises ConfigError for what is not NAME=VALUE."""
-    out = further_settings(args.set)
-    named = {n: getattr(args, n) for n in ("form", "update", "max_retain_rise")}
-    return out | {n: v for n, v in named.items() if v is not None}
 
 
 # --- verbs -------------------------------------------------------------------------------------------------
@@ -201,14 +195,6 @@ def diversify(args: argparse.Namespace) -> None:
     print(f"{args.out}: {len(made)} retain records")
 
 
-def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
-    return {n: v for n in names if (v := getattr(args, n)) is not None}
-
-
-def selection_settings(args: argparse.Namespace) -> dict[str, Any]:
-    return given(args, "k", "layer")
-
-
 def evaluate(args: argparse.Namespace) -> None:
     from .checkpoints import write_json
     from .corpus import Corpus
@@ -329,6 +315,19 @@ def ledger(args: argparse.Namespace) -> None:
     show_ledger(args.checkpoint, read_ledger(args.checkpoint))
 
 
+def attack(args: argparse.Namespace) -> None:
+    from .attack_run import attack_run
+    from .progress import ConsoleProgress
+
+    progress = ConsoleProgress()
+    document = attack_run(
+        args.run, progress, oracle=args.oracle, names=args.attacks.split(",") if args.attacks else None,
+        budget=args.budget, seed=args.seed, device=args.device, dtype=args.dtype,
+    )  # fmt: skip
+    print(attack_lines(document))
+    print(f"{args.run}: attacks.json, figures/attacks.png, figures/relearning.png, and the report with them")
+
+
 def report(args: argparse.Namespace) -> None:
     from .checkpoints import sha256_file
     from .evaluation.report import write_report
@@ -379,8 +378,8 @@ def diff(args: argparse.Namespace) -> None:
 VERBS: dict[str, Callable[[argparse.Namespace], None]] = {
     "demo": demo, "sandbox": sandbox, "train-saes": train_saes, "select": select, "unlearn": unlearn,
     "methods": methods, "diversify": diversify, "evaluate": evaluate, "compare": compare, "apply": apply,
-    "revert": revert, "export": export, "inspect": inspect, "ledger": ledger, "report": report, "verify": verify,
-    "diff": diff,
+    "revert": revert, "export": export, "inspect": inspect, "ledger": ledger, "attack": attack, "report": report,
+    "verify": verify, "diff": diff,
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -40,3 +41,18 @@ def whole_numbers(text: str, option: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError as e:
         raise ConfigError(f"{option} {text}: write whole numbers, separated by commas") from e
+
+
+def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    return {n: v for n in names if (v := getattr(args, n)) is not None}
+
+
+def method_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The method's settings as given. Raises ConfigError for what is not NAME=VALUE."""
+    out = further_settings(args.set)
+    named = {n: getattr(args, n) for n in ("form", "update", "max_retain_rise")}
+    return out | {n: v for n, v in named.items() if v is not None}
+
+
+def selection_settings(args: argparse.Namespace) -> dict[str, Any]:
+    return given(args, "k", "layer")

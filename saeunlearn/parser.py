@@ -141,6 +141,16 @@ def build_parser() -> argparse.ArgumentParser:
     p = verb("ledger", "which requests were carried out on a checkpoint folder, and what each cost")
     p.add_argument("checkpoint", type=Path)
 
+    p = verb(
+        "attack", "try to get back what a finished run has unlearned: relearning, quantisation, probing, prompting"
+    )
+    p.add_argument("run", type=Path, help="run directory; the same command resumes it")
+    p.add_argument("--oracle", help="the model retrained without the forget set (default: compare with chance)")
+    p.add_argument("--attacks", help="some of them, a,b,… (default: all)")
+    p.add_argument("--budget", default="quick", choices=["quick", "full"])
+    add_common(p)
+    p.set_defaults(device=None, dtype=None)
+
     p = verb("report", "write the removal report of a run directory again: page, Markdown, JSON, model card")
     p.add_argument("run", type=Path)
     p.add_argument("--include-text", action="store_true", help="show samples of what was forgotten")

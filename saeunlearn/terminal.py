@@ -150,3 +150,37 @@ def method_lines(method: Any) -> str:
         f"{method.name} ({method.kind}{needs})\n  changes: {method.changes}\n  cost: {method.cost}\n"
         f"  paper: {method.paper}"
     )
+
+
+def attack_lines(document: Any) -> str:
+    """The table and the headline of attacks.json."""
+    metric, chance = document["metric"], document["chance"]
+    levels = ", ".join(f"{name} {level[metric]:.3f}" for name, level in document["levels"].items())
+    lines = [f"{metric} on {document['questions']['n']} held-out records: {levels}"
+             + ("" if chance is None else f", chance {chance:.3f}"),
+             f"{'attack':16}{metric:>9}   oracle  recovered  95 %           best setting"]  # fmt: skip
+    for a in document["attacks"]:
+        if "skipped" in a:
+            lines.append(f"{a['name']:16}left out: {a['skipped']}")
+            continue
+        b = a["best"]
+        oracle = b.get(f"oracle_{metric}")
+        share = "not measurable          " if b["recovered"] is None else (
+            f"{b['recovered']:9.2f}  {b['recovered_low']:.2f} … {b['recovered_high']:.2f}  ")  # fmt: skip
+        settings = " ".join(f"{k}={v}" for k, v in b["settings"].items())
+        lines.append(f"{a['name']:16}{b[metric]:9.3f}  {'       ' if oracle is None else f'{oracle:7.3f}'}  {share}"
+                     f"  {shorten(settings, 60, placeholder=' …')}")  # fmt: skip
+        lines += [f"{'':16}{t['note']}" for t in a["tried"] if "note" in t]
+    if document["damage"] and "models" in document["damage"]:
+        lines.append("retain questions with a forget keyword in front (damage, no recovery):")
+        for name, scores in document["damage"]["models"].items():
+            lines.append(f"  {name:14}" + "  ".join(f"{asked} {s['accuracy']:.3f}" for asked, s in scores.items()))
+    head = document["headline"]
+    if head:
+        other = head[f"oracle_{metric}"]
+        beside = "; no oracle to compare with" if other is None else f", the oracle's is {other:.3f}"
+        lines.append(
+            f"The strongest attack, {head['attack']}, recovers {head['recovered']:.0%} ({head['low']:.0%} … "
+            f"{head['high']:.0%}) of what was forgotten: {metric} {head[metric]:.3f} after it{beside}."
+        )
+    return "\n".join(lines)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -27,11 +27,13 @@ class TrainConfig:
 
 
 def train(
-    model: LanguageModel, batches: Iterator[Batch], config: TrainConfig, progress: Progress, what: str = "training"
-) -> list[float]:
+    model: LanguageModel, batches: Iterator[Batch], config: TrainConfig, progress: Progress, what: str = "training",
+    after: Callable[[int], None] | None = None,
+) -> list[float]:  # fmt: skip
     """Train all weights in place on the targets of `batches`; returns the loss of each step (nats a token).
 
-    The weights must be float32 (master weights); on a GPU the matrix products run in bfloat16.
+    The weights must be float32 (master weights); on a GPU the matrix products run in bfloat16. `after` is called
+    after every step with the number of steps done, the model in evaluation mode.
     Raises NonFiniteError at the first loss that is not finite, Cancelled when asked to stop.
     """
     net = model.model.train()
@@ -61,6 +63,10 @@ def train(
             nn.utils.clip_grad_norm_(params, config.clip)
             optimiser.step()
             progress.step(loss=losses[-1])
+            if after is not None:
+                net.eval()
+                after(step + 1)
+                net.train()
     finally:
         net.eval()
     progress.finish(loss=losses[-1])

@@ -28,7 +28,7 @@ def attacks(**changes: Any) -> dict[str, Any]:
             "oracle_recovered": 0.125}  # fmt: skip
     score = {"accuracy": 0.25, "low": 0.125, "high": 0.5}
     return {
-        "schema": 1, "model": "tiny", "erasure_id": ID, "seed": 3, "budget": "small", "metric": "multiple_choice",
+        "schema": 1, "model": "tiny", "erasure_id": ID, "seed": 3, "budget": "small", "metric": "accuracy",
         "questions": {"n": 8, "fingerprint": "c" * 64},
         "levels": {"original": {**score, "accuracy": 1.0}, "unlearned": score, "oracle": score},
         "attacks": [{"name": "relearn", "kind": "training", "budget": {"steps": 50, "text": SECRET}, "best": best,
@@ -172,7 +172,7 @@ def test_attacks_on_another_erasure_prove_nothing_here(run_dir: Path) -> None:
 
 # --- what is not claimed -----------------------------------------------------------------------------------
 
-ROWS = [{"metric": "nll"}, {"metric": "multiple_choice"}]
+ROWS = [{"metric": "nll"}, {"metric": "accuracy"}]
 DONE = {"status": "done"}
 
 

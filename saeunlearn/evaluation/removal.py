@@ -39,8 +39,7 @@ ROOMS = ("erasure", "figures", "saes")  # folders of a run; others in its direct
 METRICS = {"multiple_choice": "multiple choice", "cloze": "cloze", "nll": "NLL (nats per token)"}
 _OPTIONAL = ("attacks.json", "examples.json")
 _TEXT_KEYS = {"prompt", "prompts", "sample", "samples", "text", "question", "answer", "choices"}
-_ATTACKED = ("accuracy", "low", "high", "recovered", "recovered_low", "recovered_high", "oracle_accuracy",
-             "oracle_recovered")  # fmt: skip
+_ATTACKED = ("low", "high", "recovered", "recovered_low", "recovered_high", "oracle_recovered")
 
 
 def read_sources(run_dir: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
@@ -125,16 +124,27 @@ def own_files(run_dir: Path) -> list[str]:
 
 
 def read_attacks(content: Mapping[str, Any], erasure_id: str | None) -> dict[str, Any] | None:
-    """Names and numbers of attacks.json; None without one. Strings among settings are left out: they can be prompts."""
+    """Names and numbers of attacks.json; None without one. Strings among settings are left out: they can be prompts.
+
+    `accuracy` is the score, whatever the metric.
+    """
     if not content:
         return None
-    rows = []
+    score = "nll" if content.get("metric") == "nll" else "accuracy"
+
+    def scores(entry: Mapping[str, Any]) -> dict[str, Any]:
+        return {"accuracy": _finite(entry.get(score)), "oracle_accuracy": _finite(entry.get(f"oracle_{score}"))}
+
+    rows, left_out = [], []
     for attack in _dicts(content.get("attacks")):
+        if "skipped" in attack:
+            left_out.append(_word(attack.get("name")))
+            continue
         best = as_object(attack.get("best"))
         rows.append(
             {"name": _word(attack.get("name")), "kind": _word(attack.get("kind")),
              "budget": _plain(attack.get("budget")), "settings": _plain(best.get("settings")),
-             "tried": len(_dicts(attack.get("tried"))), **{k: _finite(best.get(k)) for k in _ATTACKED}}
+             "tried": len(_dicts(attack.get("tried"))), **scores(best), **{k: _finite(best.get(k)) for k in _ATTACKED}}
         )  # fmt: skip
     levels = as_object(content.get("levels"))
     questions = as_object(content.get("questions"))
@@ -146,12 +156,13 @@ def read_attacks(content: Mapping[str, Any], erasure_id: str | None) -> dict[str
         "seed": _finite(content.get("seed")),
         "questions": {"n": _finite(questions.get("n")), "fingerprint": _word(questions.get("fingerprint"))},
         "levels": {
-            name: {k: _finite(levels[name].get(k)) for k in ("accuracy", "low", "high")}
+            name: {**scores(levels[name]), **{k: _finite(levels[name].get(k)) for k in ("low", "high")}}
             if isinstance(levels.get(name), dict) else None
             for name in ("original", "unlearned", "oracle")
         },
         "attacks": rows,
-        "headline": {"attack": _word(headline.get("attack"))}
+        "left_out": left_out,
+        "headline": {"attack": _word(headline.get("attack")), **scores(headline)}
         | {k: _finite(headline.get(k)) for k in ("recovered", "low", "high", "oracle")},
     }  # fmt: skip
 

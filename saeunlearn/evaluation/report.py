@@ -6,13 +6,14 @@ All are renderings of one document, made from the JSON on disk and nothing else:
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import figures
+from .. import figures, figures_attacks
 from ..checkpoints import sha256_file, write_json
 from ..errors import RunError
 from ..progress import Progress
@@ -34,7 +35,7 @@ def write_report(run_dir: Path, *, include_text: bool, progress: Progress | None
     """
     run_dir = Path(run_dir)
     found, _ = read_sources(run_dir)
-    uris = _figures(run_dir, *(found[n] for n in ("selection.json", "erasure/erasure.json", "evaluation.json")))
+    uris = _figures(run_dir, found)
     doc = gather(run_dir, include_text=include_text, progress=progress)
     pages = {"report.html": html(doc, found, uris), "report.md": markdown(doc), "model_card.md": model_card(doc)}
     try:
@@ -168,10 +169,10 @@ def _worst_texts(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
     return out
 
 
-def _figures(
-    run_dir: Path, selection: dict[str, Any], manifest: dict[str, Any], evaluation: dict[str, Any]
-) -> dict[str, str]:
+def _figures(run_dir: Path, found: Mapping[str, dict[str, Any]]) -> dict[str, str]:
     """{name: data URI} of the figures there is data for; each is written to figures/ too."""
+    selection, manifest, evaluation = (found[n] for n in ("selection.json", "erasure/erasure.json", "evaluation.json"))
+    attacks = found["attacks.json"]
     made: dict[str, Figure] = {}
     if selection.get("layers"):
         made["layers"] = figures.layer_table(selection["layers"])
@@ -186,6 +187,12 @@ def _figures(
         made["before_after"] = figures.before_after(evaluation["comparison"])
     if manifest.get("losses"):
         made["training"] = figures.training_curves([{"step": i, **entry} for i, entry in enumerate(manifest["losses"])])
+    if attacks.get("attacks") and attacks.get("erasure_id") == manifest.get("id"):
+        with contextlib.suppress(
+            KeyError, TypeError, AttributeError
+        ):  # a foreign file: the table shows what is missing
+            made["attacks"] = figures_attacks.attacks(attacks)
+            made["relearning"] = figures_attacks.relearning(attacks)
     uris = {name: figures.png_data_uri(fig) for name, fig in made.items()}
     try:
         for name, uri in uris.items():

@@ -1,0 +1,75 @@
+"""Attack a finished run directory: attacks.json in it, and the report anew."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .checkpoints import write_json
+from .erasure import Erasure
+from .errors import RunError
+from .evaluation.attacks.battery import SCHEMA, attack, known_attacks
+from .models import LanguageModel
+from .pipeline import RunConfig, inputs, open_run, write_report
+from .progress import Progress
+
+FILE = "attacks.json"
+
+
+def attack_run(
+    root: str | Path,
+    progress: Progress,
+    *,
+    oracle: str | None = None,
+    names: Sequence[str] | None = None,
+    budget: str = "quick",
+    seed: int = 0,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> dict[str, Any]:
+    """The document of `evaluation.attacks.attack`, kept in attacks.json after every attack; finished ones are not
+    repeated. The report is written again. `device` and `dtype`: those of the run where None.
+
+    Raises RunError for a directory that is no finished run, whose data or model changed, or that holds attacks with
+    other settings; and what `attack` raises.
+    """
+    root = Path(root)
+    known_attacks(names)
+    info = _read(root / "run.json", "not a run directory")
+    if info.get("status") != "done":
+        raise RunError(
+            f"{root} is not a finished run (status: {info.get('status')}): finish `saeunlearn unlearn` first"
+        )
+    config = RunConfig(**info["config"])
+    config = dataclasses.replace(config, device=device or config.device, dtype=dtype or config.dtype)
+    run = open_run(config, root, progress)
+    if any(info.get(name) != value for name, value in inputs(run).items()):
+        raise RunError(f"the data or the model changed since the run in {root}: make the run again")
+    erasure = Erasure.load(run.erasure_dir)
+    retrained = LanguageModel.open(oracle, device=config.device, dtype=config.dtype) if oracle else None
+    file = root / FILE
+    earlier = _read(file, "damaged") if file.exists() else None
+    if earlier is not None:
+        now = {"schema": SCHEMA, "erasure_id": erasure.id, "seed": seed, "budget": budget,
+               "oracle": retrained and {"name": retrained.name, "fingerprint": retrained.fingerprint()}}  # fmt: skip
+        if other := [name for name, value in now.items() if earlier.get(name) != value]:
+            raise RunError(f"{file} holds attacks with another {' and '.join(other)}: move it away, or use the same")
+    document = attack(
+        run.model, erasure, run.forget, run.retain, run.questions, oracle=retrained, names=names, budget=budget,
+        seed=seed, progress=progress, earlier=earlier, save=lambda d: write_json(file, d),
+    )  # fmt: skip
+    write_report(run)
+    return document
+
+
+def _read(file: Path, what: str) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise RunError(f"{file.parent} is not usable: {file.name} is missing or damaged ({what})") from e
+    if not isinstance(content, dict):
+        raise RunError(f"{file} is not an object ({what})")
+    return content

@@ -1,0 +1,85 @@
+"""Figures of attacks.json, in the look of `figures`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from .figures import _LINES, _MARKERS, _SERIES, BLACK, FORGET, GREY, _figure, _finish, _say
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_UNITS = {"accuracy": "share correct on V", "nll": "loss on V (nats per token)"}
+
+
+def attacks(document: Mapping[str, Any]) -> Figure:
+    """Recovered share of each attack with its interval, and the scores of unlearned model and oracle beside it."""
+    rows = [a for a in document["attacks"] if "best" in a]
+    if not rows:
+        fig = _figure(6.4, 2)
+        _say(fig, "no attack was carried out")
+        return _finish(fig)
+    metric = document["metric"]
+    fig = _figure(8.4, 0.3 * len(rows) + 1.7)
+    left, right = fig.subplots(1, 2, sharey=True)
+    for i, row in enumerate(rows):
+        best = row["best"]
+        if best["recovered"] is None:
+            left.text(0, i, " not measurable", va="center", color=GREY, fontsize=8)
+        else:
+            left.plot([best["recovered_low"], best["recovered_high"]], [i, i], color=FORGET, linewidth=1.6)
+            left.plot([best["recovered"]], [i], "D", color=FORGET, markersize=5)
+        if (oracle := best.get(f"oracle_{metric}")) is not None:
+            left.plot([best["oracle_recovered"] or 0.0], [i], "o", color=GREY, markersize=5, zorder=1)
+            right.plot([oracle], [i + 0.15], "o", color=GREY, markersize=5)
+        right.plot([best["low"], best["high"]], [i - 0.15] * 2, color=FORGET, linewidth=1.6)
+        right.plot([best[metric]], [i - 0.15], "D", color=FORGET, markersize=5)
+    left.set_yticks(range(len(rows)), [r["name"] for r in rows])
+    left.set_ylim(len(rows) - 0.5, -0.5)
+    highest = max([1.0, *(r["best"]["recovered_high"] or 0.0 for r in rows)])
+    left.set(xlim=(-0.04, 1.04 * highest), xlabel="recovered share (1: the original)", title="Recovered by the attack")
+    right.set(xlabel=_UNITS[metric], title="Score after the attack")
+    right.axvline(document["levels"]["original"][metric], color=BLACK, linewidth=0.9, label="original")
+    if document["chance"] is not None:
+        right.axvline(document["chance"], color=BLACK, linewidth=0.9, linestyle=":", label="chance")
+        right.set_xlim(-0.03, 1.03)
+    right.plot([], [], "D", color=FORGET, label="unlearned model")
+    if document["oracle"]:
+        right.plot([], [], "o", color=GREY, label="oracle")
+    for ax in (left, right):
+        ax.grid(axis="x", color="#E5E5E5", linewidth=0.7)
+        ax.set_axisbelow(True)
+    fig.legend(*right.get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    return _finish(fig)
+
+
+def relearning(document: Mapping[str, Any]) -> Figure:
+    """Score on V along the steps of each fine-tuning; grey, with the same marker: the oracle's."""
+    rows = [a for a in document["attacks"] if a["kind"] == "relearning" and "best" in a]
+    metric, levels = document["metric"], document["levels"]
+    fig = _figure(3.1 * max(1, len(rows)) + 0.4, 4.2)
+    if not rows:
+        _say(fig, "no relearning was carried out")
+        return _finish(fig)
+    for at, row in enumerate(rows):
+        ax = fig.add_subplot(1, len(rows), at + 1)
+        for n, tried in enumerate(row["tried"]):
+            s = tried["settings"]
+            style: dict[str, Any] = {
+                "marker": _MARKERS[n % 8],
+                "linestyle": _LINES[n % 4],
+                "markersize": 3.5,
+                "linewidth": 1.2,
+            }
+            for name, colour in (("oracle_curve", GREY), ("curve", _SERIES[n % 8])):
+                points = tried.get(name) or []
+                label = f"{s['lr']:g}, {s['samples']} records" if name == "curve" else None
+                ax.plot([p["step"] for p in points], [p[metric] for p in points], color=colour, label=label, **style)
+        ax.axhline(levels["original"][metric], color=BLACK, linewidth=0.9)
+        if document["chance"] is not None:
+            ax.axhline(document["chance"], color=BLACK, linewidth=0.9, linestyle=":")
+            ax.set_ylim(-0.03, 1.03)
+        ax.set(title=row["name"], xlabel="step", ylabel=_UNITS[metric] if at == 0 else "")
+        ax.legend(title="learning rate", title_fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.2))
+    return _finish(fig)
