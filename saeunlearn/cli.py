@@ -73,10 +73,11 @@ def demo(args: argparse.Namespace) -> None:
     )  # fmt: skip
     run = unlearn(config, args.out, progress, args.command)
     show_result(run)
-    print(f"\nNext: merge it into a checkpoint and look at what was done:\n"
-          f"  saeunlearn inspect {run.erasure_dir}\n"
-          f"  saeunlearn apply {run.erasure_dir} {box.model} {args.out / 'model'}\n"
-          f"  saeunlearn ledger {args.out / 'model'}")  # fmt: skip
+    print(f"\nNext: try to get it back, beside a model that never knew; check the run; merge it into a checkpoint:\n"
+          f"  saeunlearn sandbox build --seed {args.seed} --oracle\n"
+          f"  saeunlearn attack {args.out} --oracle {box.oracle}\n"
+          f"  saeunlearn verify {args.out}\n"
+          f"  saeunlearn apply {run.erasure_dir} {box.model} {args.out / 'model'}")  # fmt: skip
 
 
 def sandbox(args: argparse.Namespace) -> None:
