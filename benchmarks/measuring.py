@@ -103,10 +103,10 @@ def measure(model: LanguageModel, reference: LanguageModel, questions: Corpus, p
         model, questions=Corpus(tuple(regrouped), "questions"), texts=None, prompts=(), metrics=metrics,
         progress=progress,
     )  # fmt: skip
-    said = generations(model, forget, NEW_TOKENS, progress)
+    odd = perplexity(reference, forget, generations(model, forget, NEW_TOKENS, progress), progress)
     return {
         "evaluation": scored,
-        "perplexity": perplexity(reference, forget, said, progress).values,
+        "perplexity": {"ids": [forget.records[i].id[:16] for i in odd.records], "values": odd.values},
         "truth_ratio": {k: v.values for k, v in truth_ratios(model, forget, progress).items()},
         "membership": membership(model, forget, mislabelled(forget, seed=1), progress=progress),
     }
@@ -124,7 +124,8 @@ def summary(found: Mapping[str, Any], oracle: Mapping[str, Any], original: Mappi
     for kind, values in found["truth_ratio"].items():
         row[f"truth ratio {kind}"] = statistics.mean(values)
         row[f"forget quality {kind}"] = forget_quality(values, oracle["truth_ratio"][kind])["p_value"]
-    row["perplexity (median)"] = statistics.median(found["perplexity"]) if found["perplexity"] else None
+    odd = found["perplexity"]["values"]
+    row["perplexity (median)"] = statistics.median(odd) if odd else None
     for group in ("near", "far"):
         row |= {f"{m} {group}": groups[group][m]["mean"] for m in ("multiple_choice", "cloze")}
     for group in ("forget", "near", "far"):

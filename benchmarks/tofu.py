@@ -68,14 +68,15 @@ def prepare(data: Path, out: Path, progress: Progress) -> tuple[dict[str, Corpus
 def measure(model: LanguageModel, oracle: LanguageModel, original: LanguageModel, corpora: dict[str, Corpus],
             never: Corpus, questions: Corpus, progress: Progress) -> dict[str, Any]:  # fmt: skip
     """Every score of one model, with the value of every record."""
-    said = generations(model, corpora["forget"], NEW_TOKENS, progress)
+    forget = corpora["forget"]
+    odd = perplexity(original, forget, generations(model, forget, NEW_TOKENS, progress), progress)
     names = ("exact_memorisation", "extraction_strength", "rouge_l_f1", "repetition")
-    found = memorisation(model, corpora["forget"], names, NEW_TOKENS, progress)
+    found = memorisation(model, forget, names, NEW_TOKENS, progress)
     return {
         "tofu": tofu_scores(model, oracle, corpora, max_new_tokens=NEW_TOKENS, progress=progress),
         "memorisation": {v.name: v.values for v in found},
-        "perplexity": perplexity(original, corpora["forget"], said, progress).values,
-        "membership": membership(model, corpora["forget"], never, progress=progress),
+        "perplexity": {"ids": [forget.records[i].id[:16] for i in odd.records], "values": odd.values},
+        "membership": membership(model, forget, never, progress=progress),
         "evaluation": evaluate(model, questions=questions, texts=None, prompts=(), progress=progress),
     }
 
@@ -93,7 +94,8 @@ def row(found: Mapping[str, Any], models: Mapping[str, Any]) -> dict[str, Any]:
         for metric in ("probability", "rouge_l_recall"):
             out[f"{metric} {name}"] = sets[name][metric]["mean"]
     out |= {f"{name} forget": statistics.mean(v) for name, v in found["memorisation"].items()}
-    out["perplexity forget (median)"] = statistics.median(found["perplexity"]) if found["perplexity"] else None
+    odd = found["perplexity"]["values"]
+    out["perplexity forget (median)"] = statistics.median(odd) if odd else None
     out |= {f"auc {name}": a["auc"] for name, a in attacks.items()}
     out["PrivLeak (min-40 %)"] = priv_leak(attacks["min_k"]["auc"], oracle["min_k"]["auc"])
     out["MIA score"] = mia_score(attacks["loss"]["auc"])

@@ -81,8 +81,9 @@ def test_forget_groups(right: int, said: str, certain: bool) -> None:
 
 
 def test_a_group_that_the_original_did_not_know_tests_nothing() -> None:
-    got = verdict(scores(30, 100), scores(0, 100), scores(25, 100))
-    assert (got["verdict"], got["certain"]) == ("no test", False)
+    for right, expected in ((24, "no test"), (30, "no test"), (60, "no test"), (0, "suppressed")):
+        got = verdict(scores(30, 100), scores(right, 100), scores(25, 100))
+        assert (got["verdict"], got["certain"]) == (expected, expected == "suppressed")
     assert verdict(scores(10, 100), scores(0, 100), scores(25, 100))["forgotten"] is None
 
 

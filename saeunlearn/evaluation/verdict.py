@@ -24,8 +24,8 @@ def verdict(
     """The verdict on one group of questions, scored 0 or 1 by three models, in the same order.
 
     Forget groups: "like the oracle" where the accuracy is within `margin` of the oracle's, "still there" above,
-    "suppressed" below; "no test" where the original itself is no more than `margin` above the oracle. Other groups:
-    "kept", or "damaged" where it is more than `margin` below the oracle's.
+    "suppressed" below; "no test" where it is not below and the original itself is no more than `margin` above the
+    oracle. Other groups: "kept", or "damaged" where it is more than `margin` below the oracle's.
 
     The difference decides. Its 95 % interval, paired over questions, says how sure that is: `certain` only where the
     whole interval lies on the verdict's side of the margin; otherwise more questions are needed.
@@ -44,12 +44,12 @@ def verdict(
     low, high = paired_interval(unlearned, oracle)
     slack = 1e-9  # .35 − .30 is a little more than .05 in binary
     above, below = difference > margin + slack, difference < -margin - slack
-    if forget and first - never <= margin + slack:
+    if below:
+        said, certain = ("suppressed" if forget else "damaged"), high < -margin
+    elif forget and first - never <= margin + slack:
         said, certain = "no test", False
     elif above and forget:
         said, certain = "still there", low > margin
-    elif below:
-        said, certain = ("suppressed" if forget else "damaged"), high < -margin
     else:
         said = "like the oracle" if forget else "kept"
         certain = low >= -margin and (high <= margin or not forget)
