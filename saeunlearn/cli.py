@@ -24,6 +24,7 @@ from .terminal import (
     show_ledger,
     show_result,
     show_samples,
+    show_verdicts,
     without_values,
 )
 
@@ -200,8 +201,9 @@ def evaluate(args: argparse.Namespace) -> None:
     from .checkpoints import write_json
     from .corpus import Corpus
     from .erasure import Erasure
-    from .evaluation.evaluate import combine, table, without_labels
+    from .evaluation.evaluate import combine, named_metrics, table, without_labels
     from .evaluation.evaluate import evaluate as measure
+    from .evaluation.verdict import JUDGED, verdicts
     from .models import LanguageModel
     from .progress import ConsoleProgress
     from .tokens import banned
@@ -210,8 +212,11 @@ def evaluate(args: argparse.Namespace) -> None:
         raise ConfigError("--ban keeps the token of an Erasure from being decoded: give --erasure")
     if args.harness is not None:
         return evaluate_harness(args)
-    if args.harness_path or args.limit is not None or args.include_text:
-        raise ConfigError("--harness-path, --limit and --include-text belong to --harness")
+    if args.harness_path or args.limit is not None:
+        raise ConfigError("--harness-path and --limit belong to --harness")
+    metrics = named_metrics(args.metrics)
+    if args.oracle and not (args.erasure and args.questions and set(metrics) & set(JUDGED)):
+        raise ConfigError(f"--oracle judges an Erasure by {' or '.join(JUDGED)}: give --erasure and --questions")
     texts = {n: Corpus.load(f) for n, f in named_files(args.text, "--text").items()}
     questions = Corpus.load(args.questions) if args.questions else None
     if not texts and questions is None and not args.prompt:
@@ -220,16 +225,22 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
     model = LanguageModel.open(args.model, device=args.device, dtype=args.dtype)
+    oracle = LanguageModel.open(args.oracle, device=args.device, dtype=args.dtype) if args.oracle else None
     progress = ConsoleProgress()
+    given: dict[str, Any] = {"questions": questions, "texts": texts, "metrics": metrics, "progress": progress}
     shown = (lambda result: result) if args.include_text else without_labels
-    before = shown(measure(model, questions=questions, texts=texts, prompts=args.prompt, progress=progress))
+    before = shown(measure(model, prompts=args.prompt, **given))
     result: dict[str, Any] = before
     if erasure is not None:
         with erasure.apply(model), banned(model, args.ban) if args.ban else nullcontext():
-            after = shown(measure(model, questions=questions, texts=texts, prompts=args.prompt, progress=progress))
+            after = shown(measure(model, prompts=args.prompt, **given))
         result = combine(before, after, args.seed)
         if result["comparison"]:
             print(table(result["comparison"]))
+        if oracle is not None:
+            result["oracle"] = shown(measure(oracle, prompts=(), **given))
+            result["verdicts"] = verdicts(before, after, result["oracle"])
+            show_verdicts(result["verdicts"])
         show_samples(result["samples"])
     else:
         print(json.dumps(without_values(result), indent=1, ensure_ascii=False))

@@ -108,6 +108,9 @@ def build_parser() -> argparse.ArgumentParser:
     p = verb("evaluate", "measure a model: multiple choice, cloze, loss, samples")
     p.add_argument("--model", required=True, help="model folder or hub id")
     p.add_argument("--erasure", type=Path, help="apply this Erasure for the measurement, and compare with before")
+    p.add_argument("--oracle", help="with --erasure: the model retrained without the forget set, for the verdict")
+    p.add_argument("--metrics", default="default", metavar="all|NAME,…",
+                   help="all, or names; default: multiple choice, cloze and loss")  # fmt: skip
     p.add_argument("--ban", metavar="TOKEN", help="with --erasure: never decode this token (that of unierase, say)")
     p.add_argument("--questions", help="multiple-choice questions")
     p.add_argument("--text", action="append", default=[], metavar="NAME=FILE", help="texts to measure the loss on")

@@ -248,6 +248,43 @@ def test_evaluate_alone_prints_json_without_single_values(flow: Flow, tmp_path: 
     assert len(out) < 2_000
 
 
+def test_evaluate_judges_against_an_oracle(flow: Flow, tmp_path: Path) -> None:
+    out = ok("evaluate", "--model", flow.model, "--erasure", flow.erasure, "--questions", flow.questions, "--oracle",
+             flow.merged, "--out", tmp_path / "e.json")  # fmt: skip
+    result = read(tmp_path / "e.json")
+    assert result["oracle"]["model"] == flow.merged.name
+    rows = {(r["group"], r["metric"]): r for r in result["verdicts"]}
+    assert {m for _, m in rows} == {"multiple_choice", "cloze"}
+    for (group, metric), r in rows.items():  # the merged model is the unlearned one
+        scores = [result[d]["groups"][group][metric]["mean"] for d in ("before", "after", "oracle")]
+        assert [r["original"], r["unlearned"], r["oracle"]] == scores
+        assert r["difference"] == 0
+        forgot = scores[0] - scores[2] > r["margin"]
+        expected = ("like the oracle" if forgot else "no test") if group.startswith("forget") else "kept"
+        assert r["verdict"] == expected
+        assert any(line.startswith(group) and expected in line for line in out.splitlines())
+
+
+def test_evaluate_measures_what_is_named(flow: Flow, tmp_path: Path) -> None:
+    plain = ["evaluate", "--model", flow.model, "--questions", flow.questions, "--text", f"near={flow.retain}"]
+    for name in ("default", "all", "cloze, extraction_strength"):
+        ok(*plain, "--metrics", name, "--out", tmp_path / f"{name}.json")
+    default, whole, named = (read(tmp_path / f"{n}.json") for n in ("default", "all", "cloze, extraction_strength"))
+    assert set(named["groups"]["forget/seen"]) == {"cloze", "extraction_strength"}
+    assert named["texts"] == {}
+    assert len(whole["groups"]["forget/seen"]) > 6
+    assert {g: {m: v for m, v in found.items() if m in ("multiple_choice", "cloze")}
+            for g, found in whole["groups"].items()} == default["groups"]  # fmt: skip
+    unjudged = ["--oracle", "x", "--erasure", "y", "--metrics", "nll"]
+    wrong = {"known: multiple_choice": ["--metrics", "rouge"], "give --erasure": ["--oracle", "x"],
+             "multiple_choice or cloze": unjudged}  # fmt: skip
+    for message, bad in wrong.items():
+        said = call(*plain, *bad)
+        assert said.code == 1
+        assert "ConfigError" in said.err
+        assert message in said.err
+
+
 def test_apply_writes_a_folder_that_plain_transformers_opens(flow: Flow) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -18,9 +18,12 @@ from ..corpus import Corpus, Record
 from ..errors import ConfigError
 from ..models import LanguageModel
 from ..progress import Progress
+from .memorisation import NAMES, memorisation
 from .metrics import Values, cloze, multiple_choice, nll, samples
 
 SCHEMA = 1
+DEFAULT = ("multiple_choice", "cloze", "nll")
+METRICS = (*DEFAULT, *NAMES)
 _RESAMPLES = 2000
 
 
@@ -30,9 +33,12 @@ def evaluate(
     questions: Corpus | None,
     texts: Mapping[str, Corpus] | None,
     prompts: Sequence[str],
+    metrics: Sequence[str] = DEFAULT,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Multiple choice and cloze by group of questions, NLL by text corpus, greedy continuations of prompts.
+
+    `metrics`: some of METRICS; "nll" is that of the texts, the others are measured on the questions.
 
     Returns a JSON-able document:
 
@@ -44,20 +50,28 @@ def evaluate(
          "samples": [{"prompt", "text"}]}
         M = {"n", "mean", "low", "high", "chance", "subgroups": [{"label", "n", "mean"}], "ids", "values"}
 
-    `group_of` builds the groups. `low` and `high` bound 95 %: Wilson for shares, a bootstrap over records for
-    NLL (nats per token). `subgroups` are the three worst topic × attribute: best remembered where the group
-    is forgotten, least remembered elsewhere; `worst` records likewise. `chance` is None for cloze.
+    `group_of` builds the groups. `low` and `high` bound 95 %: Wilson for shares of right answers, a bootstrap over
+    records for NLL (nats per token) and the other metrics. `subgroups` are the three worst topic × attribute: best
+    remembered where the group is forgotten, least remembered elsewhere; `worst` records likewise. `chance` is None but
+    for multiple choice. Raises ConfigError for an unknown metric.
     """
     progress = progress or Progress()
+    check_metrics(metrics)
     groups: dict[str, dict[str, Any]] = {}
     if questions is not None:
         choice = [i for i, r in enumerate(questions) if r.choices]
         pairs = [i for i, r in enumerate(questions) if r.question and r.answer]
-        for metric, kept in ((multiple_choice, choice), (cloze, pairs)):
-            if kept:
-                part = Corpus(tuple(questions.records[i] for i in kept), questions.name)
-                for group, summary in by_group(part, metric(model, part, progress=progress)).items():
-                    groups.setdefault(group, {})[metric.__name__] = summary
+        parts = {n: Corpus(tuple(questions.records[i] for i in kept), questions.name)
+                 for n, kept in (("choice", choice), ("pairs", pairs)) if kept}  # fmt: skip
+        scored: list[tuple[str, Values]] = []
+        for what, metric in (("choice", multiple_choice), ("pairs", cloze)):
+            if what in parts and metric.__name__ in metrics:
+                scored.append((what, metric(model, parts[what], progress=progress)))
+        if "pairs" in parts and (further := [m for m in NAMES if m in metrics]):
+            scored += [("pairs", v) for v in memorisation(model, parts["pairs"], further, progress=progress)]
+        for what, values in scored:
+            for group, summary in by_group(parts[what], values).items():
+                groups.setdefault(group, {})[values.name] = summary
     return {
         "schema": SCHEMA,
         "model": model.name,
@@ -65,7 +79,7 @@ def evaluate(
         "groups": dict(sorted(groups.items())),
         "texts": {
             name: _text_summary(name, corpus, nll(model, corpus, progress=progress))
-            for name, corpus in (texts or {}).items()
+            for name, corpus in ((texts or {}).items() if "nll" in metrics else ())
         },
         "samples": [{"prompt": p, "text": t} for p, t in zip(prompts, samples(model, prompts) if prompts else [])],
     }
@@ -89,6 +103,21 @@ def combine(before: Mapping[str, Any], after: Mapping[str, Any], seed: int = 0) 
         "comparison": compare(before, after, seed),
         "samples": side_by_side,
     }
+
+
+def named_metrics(text: str) -> tuple[str, ...]:
+    """The metrics of `default`, `all`, or names with commas between them. Raises ConfigError for an unknown one."""
+    if text in ("default", "all"):
+        return DEFAULT if text == "default" else METRICS
+    names = tuple(n.strip() for n in text.split(","))
+    check_metrics(names)
+    return names
+
+
+def check_metrics(names: Sequence[str]) -> None:
+    """Raises ConfigError for a name that is not in METRICS."""
+    if unknown := sorted(set(names) - set(METRICS)):
+        raise ConfigError(f"unknown metrics {unknown}; known: {', '.join(METRICS)}")
 
 
 def group_of(record: Record) -> str:
@@ -201,9 +230,14 @@ def by_group(corpus: Corpus, scored: Values) -> dict[str, dict[str, Any]]:
     out = {}
     for group, index in members.items():
         records = [corpus.records[i] for i in index]
-        values = [int(scored.values[i]) for i in index]
-        low, high = wilson(sum(values), len(values))
-        chance = sum(1 / len(r.choices) for r in records) / len(records) if scored.name != "cloze" else None
+        values: list[float] = [scored.values[i] for i in index]
+        if scored.name in ("multiple_choice", "cloze"):  # right or wrong
+            values = [int(v) for v in values]
+            low, high = wilson(sum(values), len(values))
+        else:
+            low, high = bootstrap(values, [1.0] * len(values))
+        is_choice = scored.name == "multiple_choice"
+        chance = sum(1 / len(r.choices) for r in records) / len(records) if is_choice else None
         out[group] = {
             "n": len(values),
             "mean": sum(values) / len(values),
@@ -217,8 +251,8 @@ def by_group(corpus: Corpus, scored: Values) -> dict[str, dict[str, Any]]:
     return out
 
 
-def _worst_subgroups(group: str, records: Sequence[Record], values: Sequence[int]) -> list[dict[str, Any]]:
-    parts: dict[str, list[int]] = defaultdict(list)
+def _worst_subgroups(group: str, records: Sequence[Record], values: Sequence[float]) -> list[dict[str, Any]]:
+    parts: dict[str, list[float]] = defaultdict(list)
     for r, v in zip(records, values):
         label = " × ".join(str(r.meta[k]) for k in ("topic", "attribute") if r.meta.get(k) is not None)
         if label:

@@ -6,6 +6,7 @@ Log-probabilities are natural logarithms, taken in float32 whatever the dtype of
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -81,15 +82,41 @@ def cloze(model: LanguageModel, pairs: Corpus, progress: Progress | None = None)
     Raises CorpusError for a record without question and answer.
     """
 
+    hits = answer_hits(model, pairs, progress)
+    return Values("cloze", [float(h.all()) for h in hits], list(range(len(hits))), [len(h) for h in hits])
+
+
+def answer_hits(model: LanguageModel, pairs: Corpus, progress: Progress | None = None) -> list[Tensor]:
+    """For each record, 1.0 at every answer token that greedy decoding gives after the true prefix, else 0.0.
+
+    Raises CorpusError for a record without question and answer.
+    """
+
     def score(logits: Tensor, ids: Tensor) -> Tensor:
         return (logits.argmax(-1) == ids).float()
 
     items = _answer_windows(model, pairs, pairs.records)
-    hits = [
-        h[w.answer_start - 1 :]
-        for w, h in zip(items, over_windows(model, items, score, progress or Progress(), "cloze"))
-    ]
-    return Values("cloze", [float(h.all()) for h in hits], list(range(len(hits))), [len(h) for h in hits])
+    rows = over_windows(model, items, score, progress or Progress(), "greedy answers")
+    return [row[w.answer_start - 1 :] for w, row in zip(items, rows)]
+
+
+def answer_losses(model: LanguageModel, pairs: Corpus, progress: Progress | None = None) -> list[Tensor]:
+    """Loss (nats) of every answer token of each record, given the question and the answer so far.
+
+    Raises CorpusError for a record without question and answer.
+    """
+    items = _answer_windows(model, pairs, pairs.records)
+    return [row[w.answer_start - 1 :] for w, row in zip(items, token_losses(model, items, progress))]
+
+
+def probability(model: LanguageModel, pairs: Corpus, progress: Progress | None = None) -> Values:
+    """P(answer | question)^(1 / tokens of the answer), between 0 and 1 (TOFU, arXiv 2401.06121).
+
+    Raises CorpusError for a record without question and answer.
+    """
+    losses = answer_losses(model, pairs, progress)
+    values = [math.exp(-float(row.mean(dtype=torch.float64))) for row in losses]
+    return Values("probability", values, list(range(len(values))), [len(row) for row in losses])
 
 
 def nll(
@@ -131,12 +158,8 @@ def _choice_scores(model: LanguageModel, questions: Corpus, progress: Progress |
         if not r.choices:
             raise CorpusError(f"{questions.name}, record {i + 1}: a multiple-choice question needs choices")
         records += [dataclasses.replace(r, answer=c) for c in r.choices]
-    items = _answer_windows(model, questions, records)
-    scores = []
-    for w, losses in zip(items, token_losses(model, items, progress)):
-        answer = losses[w.answer_start - 1 :]
-        scores.append((-float(answer.sum(dtype=torch.float64)), len(answer)))
-    rest = iter(scores)
+    losses = answer_losses(model, Corpus(tuple(records), questions.name), progress)
+    rest = iter([(-float(answer.sum(dtype=torch.float64)), len(answer)) for answer in losses])
     return [[next(rest) for _ in r.choices] for r in questions]
 
 
