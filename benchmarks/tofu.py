@@ -5,9 +5,11 @@
 A 4-block Llama (1.1 M parameters) is trained from scratch on forget01 (2 authors, 40 questions), the first 4 authors of
 retain90 (80 questions), and 30 questions each on real authors and world facts: it says them word for word and knows
 nothing else. Its oracle is trained alike without forget01. Authors of holdout10 are never trained on: the non-members.
-Each method runs through the pipeline with its defaults (one that needs SAEs has them trained). Under ten minutes on one
-core; models and runs are kept in the folder. Writes tofu.json and table.md. These numbers say nothing on models of a
-real size: the truth ratio needs a model that understands a paraphrase, and this one does not.
+Each method runs through the pipeline with its defaults (one that needs SAEs has them trained). `--set
+max_retain_rise=0.2` gives them more room: what is known word for word has little loss, and two percent of it allow
+hardly any change. Under ten minutes on one core; models and runs are kept in the folder. Writes tofu.json and table.md.
+These numbers say nothing on models of a real size: the truth ratio needs a model that understands a paraphrase, and
+this one does not.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from saeunlearn.evaluation.memorisation import generations, memorisation, perple
 from saeunlearn.evaluation.tofu import load_tofu, tofu_scores
 from saeunlearn.evaluation.verdict import verdicts
 from saeunlearn.models import LanguageModel
+from saeunlearn.options import further_settings
 from saeunlearn.pipeline import RunConfig, unlearn
 from saeunlearn.progress import ConsoleProgress, Progress
 from saeunlearn.sandbox.build import SandboxConfig, TrainConfig, learn, train_tokenizer
@@ -124,6 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data/tofu"), help="folder with TOFU's files")
     parser.add_argument("--methods", nargs="+", default=["npo-lora"])
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of all methods")
     parser.add_argument("--seed", type=int, default=0, help="of the methods")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/tofu"))
     parser.add_argument("--threads", type=int)
@@ -141,15 +145,15 @@ def main() -> None:
         config = RunConfig(
             model=str(args.out / "original"), forget=str(args.out / "forget.jsonl"),
             retain=str(args.out / "retain.jsonl"), questions=str(args.out / "questions.jsonl"), method=method, sae=SAE,
-            seed=args.seed,
+            settings=further_settings(args.set), seed=args.seed,
         )  # fmt: skip
-        run = unlearn(config, args.out / f"run-{method}-{args.seed}", progress)
+        run = unlearn(config, args.out / f"run-{method}-{config.key()[:8]}", progress)
         with Erasure.load(run.erasure_dir).apply(original):
             models[method] = measure(original, *given)
     rows = {name: row(found, models) for name, found in models.items()}
     write_json(args.out / "tofu.json", {
-        "schema": SCHEMA, "seed": args.seed, "setting": asdict(SETTING), "sizes": SIZES, "holdout": HOLDOUT,
-        "new_tokens": NEW_TOKENS, "threads": torch.get_num_threads(),
+        "schema": SCHEMA, "seed": args.seed, "given": args.set, "setting": asdict(SETTING), "sizes": SIZES,
+        "holdout": HOLDOUT, "new_tokens": NEW_TOKENS, "threads": torch.get_num_threads(),
         "versions": {n: importlib.metadata.version(n) for n in ("saeunlearn", "torch", "transformers", "rouge-score")},
         "seconds": round(time.monotonic() - started, 1), "cpu_seconds": round(time.process_time(), 1),
         "table": rows, "models": models,
