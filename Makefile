@@ -9,10 +9,10 @@ demo: .venv/.installed
 	$(BIN)/saeunlearn demo
 
 test: lint
-	$(BIN)/pytest -q -n 2
+	$(BIN)/pytest -q -n 2 --dist loadfile
 
 check: lint
-	$(BIN)/pytest -q -n 2 -m "not slow" --ignore=tests/real
+	$(BIN)/pytest -q -n 2 --dist loadfile -m "not slow" --ignore=tests/real
 
 lint: .venv/.installed
 	$(BIN)/ruff format --check

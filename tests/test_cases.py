@@ -81,6 +81,7 @@ def test_what_the_verb_refuses(argv: list[str], tmp_path: Path, capsys: pytest.C
     assert not (tmp_path / "out" / "trials").exists()
 
 
+@pytest.mark.slow
 def test_the_verb_on_a_model_of_ones_own(
     micro: Sandbox, micro_data: Path, wreck: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -106,6 +107,7 @@ def test_the_verb_on_a_model_of_ones_own(
     assert "other settings or data" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_verb_on_worlds(micro: Sandbox, wreck: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built = []
     monkeypatch.setattr(cases, "build", lambda config, _: built.append(config.world.seed) or micro)

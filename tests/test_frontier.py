@@ -308,7 +308,8 @@ def test_what_is_finished_is_not_repeated(whole: Path, checkpoints: Any) -> None
     assert again["runs"] == json.loads((whole / "results.json").read_text())["runs"]
 
 
-@pytest.mark.parametrize("stage", [6, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 10))])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 6, 10])
 def test_an_interrupted_comparison_goes_on_and_ends_alike(
     whole: Path, checkpoints: Any, tmp_path: Path, stage: int
 ) -> None:
@@ -325,6 +326,7 @@ def test_an_interrupted_comparison_goes_on_and_ends_alike(
     assert result_of(tmp_path / "out") == result_of(whole)
 
 
+@pytest.mark.slow
 def test_a_trial_that_was_finished_but_not_told_is_not_run_again(
     whole: Path, checkpoints: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -261,7 +261,6 @@ def test_refusals(
     [
         (["--harness", "places", "--questions", "q.jsonl"], "leave out --questions"),
         (["--limit", "3"], "belong to --harness"),
-        (["--include-text", "--prompt", "a"], "belong to --harness"),
         (["--harness", "places", "--ban", "x"], "give --erasure"),
     ],
 )

@@ -29,6 +29,8 @@ from saeunlearn.pipeline import text_sets
 from saeunlearn.progress import Progress
 from saeunlearn.verify import changed_files, report_checks, verify
 
+pytestmark = pytest.mark.slow  # all on a whole run
+
 
 @pytest.fixture
 def run(finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -85,7 +87,6 @@ def test_an_honest_run_passes_every_check(finished: Finished) -> None:
     assert said["files: sha256"] == f"{len(own_files(finished.root)) + len(DERIVED) - 1} files"
 
 
-@pytest.mark.slow
 def test_data_that_moved(run: Path, tmp_path: Path) -> None:
     config = read(run / "run.json")["config"]
     gone = {n: str(tmp_path / "gone" / Path(config[n]).name) for n in ("model", "forget", "questions")}
@@ -208,7 +209,6 @@ def test_a_broken_evaluation_fails_without_a_traceback(run: Path, broken: dict[s
 # --- tampering with everything that can be made to agree ---------------------------------------------------
 
 
-@pytest.mark.slow
 def test_values_that_the_model_does_not_give_are_caught(run: Path) -> None:
     """Value, aggregates, comparison and report all rewritten: only measuring anew tells."""
 
@@ -226,7 +226,6 @@ def test_values_that_the_model_does_not_give_are_caught(run: Path) -> None:
     assert read(run / "evaluation.json")["after"]["texts"]["forget"]["ids"][3] in bad["nll after, anew"]
 
 
-@pytest.mark.slow
 def test_answers_that_the_model_does_not_give_are_caught(run: Path) -> None:
     def forge(content: Any) -> None:
         m = content["after"]["groups"]["forget/seen"]["multiple_choice"]
@@ -239,7 +238,6 @@ def test_answers_that_the_model_does_not_give_are_caught(run: Path) -> None:
     assert "multiple choice before, anew" not in bad
 
 
-@pytest.mark.slow
 def test_another_erasure_is_caught(run: Path) -> None:
     payload = next((run / "erasure").glob("part-*.safetensors"))
     whole = payload.read_bytes()
