@@ -133,7 +133,11 @@ def priv_leak(auc_unlearned: float, auc_oracle: float) -> float:
 
 
 def mia_score(area: float) -> float:
-    """1 − 2 · |AUC − ½| of the loss attack: 1 at chance, 0 where it is always right, or wrong (SemEval-2025 task 4)."""
+    """1 − 2 · |AUC − ½| of the loss attack: 1 at chance, 0 where it is always right, or wrong (SemEval-2025 task 4).
+
+    Only as good as the holdout: where members and holdout differ by themselves even the oracle is not at ½ (forget01
+    of TOFU against holdout10, for one). `priv_leak` takes the oracle's AUC into account.
+    """
     return 1 - 2 * abs(area - 0.5)
 
 

@@ -42,6 +42,9 @@ def test_a_pretrained_model_that_never_saw_them(shared_data: Path) -> None:
     ratios = truth_ratios(model, odd)["geometric"].values
     assert min(ratios) > 2
     assert ks_2samp(ratios, doc["oracle_truth_ratio"]["geometric"]).pvalue < 0.01
-    holdout = Corpus.load(shared_data / "tofu/holdout10.json").sample(20, 0)
-    attacks = membership(model, Corpus.load(shared_data / "tofu/forget01.json").sample(20, 0), holdout)["attacks"]
-    assert all(a["low"] < 0.5 < a["high"] for a in attacks.values())  # neither was ever trained on
+    # Neither was ever trained on. The two authors of forget01 alone are no match for the twenty of holdout10.
+    members, holdout = (
+        Corpus.load(shared_data / f"tofu/{name}.json").sample(40, 0) for name in ("forget10", "holdout10")
+    )
+    attacks = membership(model, members, holdout)["attacks"]
+    assert all(a["low"] < 0.5 < a["high"] for a in attacks.values())
