@@ -136,6 +136,7 @@ def test_no_verb_prints_or_writes_the_forget_set(
          str(run / "saes"), "--layer", "1", "--k", "2", "--set", "steps=2", "--set", "gated=false", "--set", "batch=4",
          "--out", str(tmp_path / "told")],
         ["report", str(run)],
+        ["attack", str(run), *base, "--attacks", "none,int8,ablation,few-shot,paraphrase,prefill,keyword"],
         ["verify", str(run), *base, "--sample", "8", "--out", str(tmp_path / "checks.json")],
         ["verify", str(run), *base, "--sample", "0", "--forget", retain],  # a failed check says no more
         ["inspect", erasure],
@@ -158,7 +159,7 @@ def test_no_verb_prints_or_writes_the_forget_set(
         said = capfd.readouterr()
         assert said_in(said.out + said.err, words) == [], argv
         assert said.out + said.err
-    assert codes == [0, 0, 0, 1] + [0] * 8 + [1]
+    assert codes == [0, 0, 0, 0, 1] + [0] * 8 + [1]
     merged = {tmp_path / "merged" / n for n in ("README.md", "saeunlearn")}
     for root in (
         run,
