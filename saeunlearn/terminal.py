@@ -119,20 +119,26 @@ def json_or_empty(file: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
+SHOWN = 8  # named features of each text
+
+
 def diff_lines(found: dict[str, Any]) -> str:
-    """Features lost and gained by layer and text, what became of the named ones, and where the weights changed."""
+    """Features lost and gained by layer and text, the named ones that changed most, and where the weights changed."""
     named = found["selection"] or {"layer": None, "relevant": []}
     lines = ["layer  text            lost  gained  fire    fvu before → after"]
     for entry in found["layers"]:
         for name, t in entry["texts"].items():
             f, lost = t["features"], f"{t['lost']:5d}  {t['gained']:6d}  {len(t['features']['feature']):5d}"
             lines.append(f"{entry['layer']:5d}  {name:14}  {lost}  {t['fvu_before']:.3f} → {t['fvu_after']:.3f}")
-            for i in named["relevant"] if entry["layer"] == named["layer"] else ():
-                if i in f["feature"]:
-                    row = {k: c[f["feature"].index(i)] for k, c in f.items()}
-                    d = "–" if row["d"] is None else f"{row['d']:+.2f}"
-                    lines.append(f"         feature {i}: {row['mean_before']:.4g} → {row['mean_after']:.4g}, change "
-                                 f"{row['low']:+.3g} … {row['high']:+.3g}, d {d}, q {row['q']:.2g}")  # fmt: skip
+            here = [f["feature"].index(i) for i in named["relevant"] if i in f["feature"]]
+            largest = sorted(here, key=lambda at: -abs(f["d"][at] or 0.0))[:SHOWN]
+            for at in largest if entry["layer"] == named["layer"] else ():
+                row = {k: c[at] for k, c in f.items()}
+                d = "–" if row["d"] is None else f"{row['d']:+.2f}"
+                lines.append(
+                    f"         feature {row['feature']}: {row['mean_before']:.4g} → {row['mean_after']:.4g}, "
+                    f"change {row['low']:+.3g} … {row['high']:+.3g}, d {d}, q {row['q']:.2g}"
+                )
     lines.append(f"{found['tests']} tests; lost and gained by Benjamini-Hochberg at 5 %")
     weights = found["weights"]
     for w in weights["writers"]:
