@@ -48,6 +48,7 @@ def test_halves_share_no_fact_and_have_every_group() -> None:
         halves(Corpus((*questions, question(0, "lone")), "q"), 0)
 
 
+@pytest.mark.slow
 def test_the_plan_of_a_model_of_ones_own(micro: Sandbox, llama: LanguageModel, tmp_path: Path) -> None:
     data = {n: str(getattr(micro, n)) for n in ("model", "forget", "retain", "questions")}
     plan, open_case = own_plan(["rmu"], 2, [0, 1], tmp_path, Progress(), **data, device="cpu")

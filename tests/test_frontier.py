@@ -301,6 +301,7 @@ def test_bars_stand_for_methods_and_limits() -> None:
     assert [t.get_text() for t in figures.bars_at_limits([]).texts] == ["nothing was compared"]
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_not_repeated(whole: Path, checkpoints: Any) -> None:
     before = state(whole / "trials", whole / "scores", whole / JOURNAL)
     again = take_part(checkpoints("llama"), whole, progress=at_step("wreck", lambda _: pytest.fail("ran again"), -1))

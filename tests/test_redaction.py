@@ -80,6 +80,7 @@ def words(micro: Sandbox, micro_data: Path) -> set[str]:
     return secrets(micro, micro_data)
 
 
+@pytest.mark.slow
 def test_the_scan_finds_what_is_hidden(tmp_path: Path, words: set[str]) -> None:
     import torch
     from PIL.PngImagePlugin import PngInfo
@@ -102,6 +103,7 @@ def test_the_scan_finds_what_is_hidden(tmp_path: Path, words: set[str]) -> None:
     assert leaks(tmp_path / "e.html", words) == []
 
 
+@pytest.mark.slow
 def test_no_file_of_a_run_quotes_the_forget_set(finished: Finished, words: set[str]) -> None:
     files = [f for f in finished.root.rglob("*") if f.is_file()]
     assert {f.suffix for f in files} == {".json", ".jsonl", ".html", ".md", ".png", ".safetensors"}
@@ -177,6 +179,7 @@ def test_no_verb_prints_or_writes_the_forget_set(
     assert all(re.fullmatch("[0-9a-f]{12}", label) for label in labels)
 
 
+@pytest.mark.slow
 def test_labels_are_shown_where_text_is_asked_for(micro: Sandbox, micro_data: Path, tmp_path: Path) -> None:
     questions = str(micro_data / "questions.jsonl")
     argv = ["evaluate", "--model", str(micro.model), "--device", "cpu", "--questions", questions, "--out",
