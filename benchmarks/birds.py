@@ -6,7 +6,7 @@
 
 `DATA` is a folder with stories260K/ and tinystories/ (forget_birds_*.jsonl, retain_*.jsonl). Without --run the two
 commands above are run first, for every method of --methods (with its defaults; those that need SAEs and a selection
-take SSPU's own). The word list below is for scoring only; no method sees it.
+take SSPU's own; delta's small model is the model itself). The word list below is for scoring only; no method sees it.
 """
 
 from __future__ import annotations
@@ -119,6 +119,8 @@ def carry_out(method: str, seed: int, model: Path, files: list[Path], out: Path)
     run = out / (f"run-{seed}" if method == "sspu" else f"run-{method}-{seed}")
     command = ["unlearn", "--model", str(model), "--forget", str(files[0]), "--retain", str(files[1]),
                "--method", method, "--out", str(run), "--seed", str(seed)]  # fmt: skip
+    if method == "delta":  # there is no smaller model with these tokens
+        command += ["--set", f"offset_model={model}"]
     if needs := get_method(method).needs:
         saes = out / f"saes-{seed}"
         if not saes.exists():
