@@ -354,3 +354,17 @@ def test_steps_that_leave_nothing_within_the_budget_are_made_shorter(llama: Lang
     monkeypatch.setattr(Budget, "settle", lambda *_a, **_k: (_ for _ in ()).throw(OverBudgetError("no strength")))
     with pytest.raises(OverBudgetError, match="no strength"):
         run()
+
+
+def test_what_idkdpo_reads_is_no_longer_than_asked_for(llama: LanguageModel) -> None:
+    from saeunlearn.methods.refusal import answers, prompts, refusals
+
+    text = "river " * 60 + "Mara keeps it"
+    (window,) = answers(Corpus.of([text]), llama, 32)
+    ids = llama.tokenizer(text).input_ids
+    assert window.ids == (ids[0], *ids[-31:])
+    assert llama.tokenizer.decode(window.ids[window.answer_start :]).strip() == "it"
+    room = 8 + 2 + max(map(len, refusals(llama)))
+    (prompt,) = prompts(Corpus.of([text]), llama, room)
+    assert len(prompt.ids) == 8
+    assert len(prompts(Corpus.of([text]), llama)[0].ids) > 8

@@ -35,9 +35,9 @@ class IdkDPO(GradientMethod):
 
     def objective(self, task: Task) -> Objective:
         model, config = task.model, task.config
-        answered = answers(task.forget, model)
+        answered = answers(task.forget, model, config.max_length)
         refused = refusals(model)
-        asked = prompts(task.forget, model)
+        asked = prompts(task.forget, model, config.max_length)
         rng = random.Random(task.seed)
 
         def losses(trained: Trainable, f: Batch, r: Batch) -> Terms:

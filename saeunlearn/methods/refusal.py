@@ -35,16 +35,17 @@ REFUSALS = (
 )
 
 
-def prompts(corpus: Corpus, model: LanguageModel) -> list[Window]:
+def prompts(corpus: Corpus, model: LanguageModel, max_length: int | None = None) -> list[Window]:
     """Token ids of each record up to where the answer, or a plain text's last word, would begin.
 
-    A prompt that is too long loses its start, never BOS. Raises CorpusError for a text of one word.
+    A prompt that leaves no room for a refusal within `max_length` tokens (default: the context) loses its start, never
+    BOS. Raises CorpusError for a text of one word.
     """
     bos = [] if model.bos_id is None else [model.bos_id]
     extra = max(len(ids) for ids in refusals(model)) + 2
-    room = model.max_length - len(bos) - extra
+    room = min(model.max_length, max_length or model.max_length) - len(bos) - extra
     if room < 1:
-        raise CorpusError(f"the context of {model.name} is {model.max_length} tokens, too short for a refusal")
+        raise CorpusError(f"{room + len(bos) + extra} tokens are too short for a refusal of {model.name}: use more")
     out = []
     for i, record in enumerate(corpus):
         prompt, _ = asked(record, model)
@@ -61,15 +62,15 @@ def asked(record: Record, model: LanguageModel) -> tuple[str, str]:
     return (text[:start] if start else re.sub(r"\s*\S+\s*$", "", text)), text
 
 
-def answers(corpus: Corpus, model: LanguageModel) -> list[Window]:
-    """Each whole record, its targets beginning where `asked` ends; one that is too long loses its start, never BOS."""
+def answers(corpus: Corpus, model: LanguageModel, max_length: int) -> list[Window]:
+    """Each record, its targets beginning where `asked` ends; one that is too long loses its start, never BOS."""
     bos = [] if model.bos_id is None else [model.bos_id]
     out = []
     for i, record in enumerate(corpus):
         prompt, text = asked(record, model)
         read = model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         first = sum(end <= len(prompt) for _, end in read.offset_mapping)
-        cut = max(0, len(read.input_ids) + len(bos) - model.max_length)
+        cut = max(0, len(read.input_ids) + len(bos) - min(max_length, model.max_length))
         out.append(Window((*bos, *read.input_ids[cut:]), max(1, first - cut + len(bos)), i))
     return out
 
