@@ -1,0 +1,1 @@
+"""The feature explorer: a local page that renders what the library computed."""
