@@ -4,7 +4,7 @@
 
 Reduced (the default; made to end within the hour on 2 cores as two processes): SSPU, RMU, NPO, low-rank NPO, GradDiff
 and SimNPO, four trials each on worlds 0 and 11, then five scoring runs each: seeds 0 to 4 on worlds 31, 32, 33, 31, 32.
-`--full`: every method that needs no second model, 24 trials each (the defaults, nine draws, then TPE), ten scoring
+`--full`: every method that needs no second model, 12 trials each (the defaults, nine draws, then TPE), six scoring
 runs. The same command goes on after an interruption, and any number of processes may take part; `--threads 1` in each
 keeps them out of each other's way.
 
@@ -26,7 +26,7 @@ TUNE, WORLDS = [0, 11], [31, 32, 33]
 
 
 def command(full: bool, out: Path) -> list[str]:
-    methods, trials, runs = (list(SPACES), 24, 10) if full else (REDUCED, 4, 5)
+    methods, trials, runs = (list(SPACES), 12, 6) if full else (REDUCED, 4, 5)
     given = {"methods": methods, "trials": [trials], "seeds": range(runs), "tune-worlds": TUNE, "worlds": WORLDS}
     options = [x for name, values in given.items() for x in (f"--{name}", *map(str, values))]
     return ["compare", "--sandbox", *options, "--out", str(out)]
