@@ -1,4 +1,4 @@
-"""Attack a finished run directory: attacks.json in it, and the report anew."""
+"""Attack a finished run directory: attacks.json in it, oracle.json where there is an oracle, and the report anew."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from .checkpoints import write_json
 from .erasure import Erasure
 from .errors import RunError
 from .evaluation.attacks.battery import SCHEMA, attack, known_attacks
+from .evaluation.evaluate import evaluate, without_labels
 from .models import LanguageModel
 from .pipeline import RunConfig, inputs, open_run, write_report
 from .progress import Progress
 
 FILE = "attacks.json"
+ORACLE = "oracle.json"  # the oracle on the questions of the run, for the verdicts of the report
 
 
 def attack_run(
@@ -31,7 +33,8 @@ def attack_run(
     dtype: str | None = None,
 ) -> dict[str, Any]:
     """The document of `evaluation.attacks.attack`, kept in attacks.json after every attack; finished ones are not
-    repeated. The report is written again. `device` and `dtype`: those of the run where None.
+    repeated. An oracle also answers all questions of the run: oracle.json is the result of `evaluate`, with labels
+    hashed. The report is written again. `device` and `dtype`: those of the run where None.
 
     Raises RunError for a directory that is no finished run, whose data or model changed, or that holds attacks with
     other settings; and what `attack` raises.
@@ -61,6 +64,9 @@ def attack_run(
         run.model, erasure, run.forget, run.retain, run.questions, oracle=retrained, names=names, budget=budget,
         seed=seed, progress=progress, earlier=earlier, save=lambda d: write_json(file, d),
     )  # fmt: skip
+    if retrained is not None and run.questions is not None and not (root / ORACLE).exists():
+        answers = evaluate(retrained, questions=run.questions, texts=None, prompts=(), progress=progress)
+        write_json(root / ORACLE, {**without_labels(answers), "fingerprint": retrained.fingerprint()})
     write_report(run)
     return document
 

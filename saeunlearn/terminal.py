@@ -58,14 +58,15 @@ def show_samples(samples: Sequence[dict[str, Any]]) -> None:
 
 def show_verdicts(rows: Sequence[dict[str, Any]]) -> None:
     """Against the oracle: one line a group and metric."""
+    from .evaluation.verdict import judged
+
     width = max((len(r["group"]) for r in rows), default=0)
     print("\nagainst the oracle")
     for r in rows:
         scores = f"original {r['original']:.3f}  unlearned {r['unlearned']:.3f}  oracle {r['oracle']:.3f}"
         interval = f"{r['difference']:+.3f} ({r['low']:+.3f} … {r['high']:+.3f})"
-        unsure = "" if r["certain"] or r["verdict"] == "no test" else f"; too few questions to be sure (n = {r['n']})"
         name = r["metric"].replace("_", " ")
-        print(f"{r['group']:{width}}  {name:15}  {scores}  {interval}  {r['verdict']}{unsure}")
+        print(f"{r['group']:{width}}  {name:15}  {scores}  {interval}  {judged(r)}")
 
 
 def show_erasure(erasure: Any) -> None:

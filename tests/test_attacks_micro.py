@@ -21,11 +21,14 @@ from saeunlearn.erasure import Erasure
 from saeunlearn.evaluation.attacks import attack
 from saeunlearn.evaluation.attacks.quantise import codes
 from saeunlearn.evaluation.attacks.relearn import linear_names
+from saeunlearn.evaluation.evaluate import group_of
+from saeunlearn.evaluation.metrics import multiple_choice
 from saeunlearn.methods import get_method
 from saeunlearn.models import LanguageModel
 from saeunlearn.parts import WeightDelta
 from saeunlearn.progress import Progress
 from saeunlearn.sandbox.build import Sandbox, build_oracle
+from saeunlearn.verify import report_checks
 
 pytestmark = pytest.mark.slow
 
@@ -129,7 +132,23 @@ def test_the_command_line(world: World, finished: Finished, tmp_path: Path) -> N
     assert call(*given, "none")[0] == 0
     assert state(root / "attacks.json") == before  # nothing was done again
     assert {f.name for f in (root / "figures").iterdir()} >= {"attacks.png", "relearning.png"}
-    for file in (root / "attacks.json", *[f for f in root.rglob("*.html")]):
+    questions = finished.run.questions
+    assert questions is not None
+    answers = multiple_choice(world.oracle, questions)
+    rows = read(root / "report.json")["verdicts"]
+    for row in [r for r in rows if r["metric"] == "multiple_choice"]:
+        part = [v for r, v in zip(questions, answers.values) if group_of(r) == row["group"]]
+        assert row["oracle"] == pytest.approx(sum(part) / len(part))
+    assert {r["group"].split("/")[0] for r in rows} == {"forget", "near", "far"}
+    for page in ("report.html", "report.md"):
+        assert "Beside the oracle" in (root / page).read_text()
+    assert [c for c in report_checks(root, Progress()) if c["status"] != "pass"] == []
+    content = read(root / "oracle.json")
+    content["groups"]["forget/seen"]["multiple_choice"]["values"][0] ^= 1
+    (root / "oracle.json").write_text(json.dumps(content))
+    wrong = [c["what"] for c in report_checks(root, Progress()) if c["status"] == "fail"]
+    assert wrong == ["files: sha256", "report.json: numbers", "report.md, model_card.md"]
+    for file in (root / "attacks.json", root / "oracle.json", *[f for f in root.rglob("*.html")]):
         assert MARKER not in file.read_text()
         assert SECRET not in file.read_text()
     for argv, said in (

@@ -195,8 +195,13 @@ DONE = {"status": "done"}
 def test_claims_depend_on_what_was_measured(
     run: Any, kinds: list[str], rows: Any, attacked: Any, selected: bool, said: dict[str, int]
 ) -> None:
-    claims = not_claimed(run, kinds, rows, read_attacks(attacked or {}, ID), selected)
+    claims = not_claimed(run, kinds, rows, read_attacks(attacked or {}, ID), selected, judged=False)
     assert {part: sum(part in c for c in claims) for part in said} == said
+
+
+def test_a_judged_run_says_what_the_oracle_was_compared_on() -> None:
+    claims = not_claimed(DONE, ["weight_delta"], ROWS, read_attacks(attacks(), ID), True, judged=True)
+    assert sum("on the questions of the run and under attack" in c for c in claims) == 1
 
 
 # --- the card travels --------------------------------------------------------------------------------------

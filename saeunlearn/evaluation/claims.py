@@ -14,9 +14,10 @@ def not_claimed(
     rows: Sequence[Mapping[str, Any]],
     attacks: Mapping[str, Any] | None,
     selected: bool,
+    judged: bool,
 ) -> list[str]:
     """`kinds`: part kinds of the Erasure; `rows`: of evaluation.json's comparison; `attacks`: None if none was made;
-    `selected`: whether features were chosen."""
+    `selected`: whether features were chosen; `judged`: whether the oracle answered the questions of the run."""
     out = []
     if run.get("status") != "done":
         out.append("The run is not recorded as done, so everything here may be incomplete.")
@@ -30,7 +31,10 @@ def not_claimed(
                    "model.")  # fmt: skip
     out.append("Nothing about the original checkpoint and other copies of it: they still hold the knowledge.")
     out += _attack_claims(attacks)
-    if not (attacks and (attacks.get("levels") or {}).get("oracle")):
+    if judged:
+        out.append("Not that the model equals the retrained one (oracle): they were compared on the questions of the "
+                   "run and under attack, not on running text.")  # fmt: skip
+    elif not (attacks and (attacks.get("levels") or {}).get("oracle")):
         out.append("Not that the model equals one that never saw the forget set: no such retrained model (oracle) "
                    "was measured beside it.")  # fmt: skip
     else:

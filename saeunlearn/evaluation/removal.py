@@ -9,6 +9,7 @@ Read, each optional:
 - erasure/erasure.json: the manifest of the Erasure; the numbers of its "extra" become the subspace report
 - evaluation.json: what `evaluate.combine` returns
 - attacks.json: {"schema": 1, "erasure_id", "metric", "levels", "attacks": [...], "headline"}
+- oracle.json: what `evaluate` returns for the oracle, on the questions of the run
 - examples.json: {"features": {index: [{"id", "activation", "context", "token"}]}}, only where text was asked for
 
 Without text the document names features by index and score alone. The tokens that a feature promotes, and its top
@@ -27,17 +28,19 @@ from typing import Any
 
 from .. import __version__
 from ..checkpoints import sha256_file
-from ..errors import RunError
+from ..errors import RunError, SaeunlearnError
 from ..progress import Progress
 from .claims import not_claimed
 from .evaluate import is_forget
+from .verdict import verdicts
 
 SCHEMA = 1
-SOURCES = ("run.json", "selection.json", "erasure/erasure.json", "evaluation.json", "attacks.json", "examples.json")
+SOURCES = ("run.json", "selection.json", "erasure/erasure.json", "evaluation.json", "attacks.json", "examples.json",
+           "oracle.json")  # fmt: skip
 DERIVED = ("report.json", "report.html", "report.md", "model_card.md")  # made from the sources by `write_report`
 ROOMS = ("erasure", "figures", "saes")  # folders of a run; others in its directory (a merged model, say) are the user's
 METRICS = {"multiple_choice": "multiple choice", "cloze": "cloze", "nll": "NLL (nats per token)"}
-_OPTIONAL = ("attacks.json", "examples.json")
+_OPTIONAL = ("attacks.json", "examples.json", "oracle.json")
 _TEXT_KEYS = {"prompt", "prompts", "sample", "samples", "text", "question", "answer", "choices"}
 _ATTACKED = ("low", "high", "recovered", "recovered_low", "recovered_high", "oracle_recovered")
 
@@ -64,7 +67,7 @@ def gather(run_dir: Path, *, include_text: bool, progress: Progress | None = Non
     Equal files give an equal document. Raises RunError when `run_dir` holds nothing to report on.
     """
     found, missing = read_sources(run_dir)
-    run, selection, manifest, evaluation, attacks, examples = found.values()
+    run, selection, manifest, evaluation, attacks, examples, oracle = found.values()
     clean = (lambda v: v) if include_text else without_text
     command = run.get("command") or []
     command = shlex.split(command) if isinstance(command, str) else list(command)
@@ -72,6 +75,7 @@ def gather(run_dir: Path, *, include_text: bool, progress: Progress | None = Non
     model = model if isinstance(model, dict) else {"name": model}
     rows = [r for r in evaluation.get("comparison") or [] if isinstance(r, dict)]
     attacked = read_attacks(attacks, manifest.get("id"))
+    judged = _verdicts(evaluation, oracle)
     kinds = sorted({str(p.get("kind")) for p in manifest.get("parts") or []})
     return {
         "schema": SCHEMA,
@@ -103,8 +107,9 @@ def gather(run_dir: Path, *, include_text: bool, progress: Progress | None = Non
         "run_config": clean(run.get("config") or {}),
         "comparison": rows,
         "headlines": _headlines(rows),
+        "verdicts": judged,
         "attacks": attacked,
-        "not_claimed": not_claimed(run, kinds, rows, attacked, bool(selection)),
+        "not_claimed": not_claimed(run, kinds, rows, attacked, bool(selection), bool(judged)),
         "command": shlex.join(map(str, clean(command))) if command else None,
         "files": {name: sha256_file(run_dir / name) for name in (progress or Progress()).over(own_files(run_dir),
                                                                                               "hashing files")},
@@ -251,6 +256,14 @@ def _headlines(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         out.append({**worst, "forget": forget, "share": metric != "nll", "metric": METRICS[metric or ""],
                     "remark": _remark(worst, forget)})  # fmt: skip
     return out
+
+
+def _verdicts(evaluation: Mapping[str, Any], oracle: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of `verdict.verdicts`; none without an oracle, or where a file is not what `evaluate` wrote."""
+    try:
+        return verdicts(evaluation["before"], evaluation["after"], oracle) if oracle else []
+    except (KeyError, TypeError, AttributeError, SaeunlearnError):
+        return []
 
 
 def _remark(row: Mapping[str, Any], forget: bool) -> str:

@@ -20,6 +20,7 @@ from ..progress import Progress
 from .claims import WEIGHT_KINDS
 from .evaluate import is_forget
 from .removal import METRICS, flat, gather, is_number, num, read_sources, unselected
+from .verdict import judged
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -118,7 +119,7 @@ def _template(name: str) -> Any:
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=name.endswith(".html.j2"),
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
-    env.filters.update(num=num, pct=_pct, points=_points, signed=_signed, cell=_cell, value=_value)
+    env.filters.update(num=num, pct=_pct, points=_points, signed=_signed, cell=_cell, value=_value, judged=judged)
     return env.get_template(name)
 
 

@@ -79,6 +79,12 @@ def verdicts(original: Mapping[str, Any], unlearned: Mapping[str, Any], oracle: 
     return rows
 
 
+def judged(row: Mapping[str, Any]) -> str:
+    """The verdict of a row in words, with how sure it is."""
+    unsure = not row["certain"] and row["verdict"] != "no test"
+    return str(row["verdict"]) + (f"; too few questions to be sure (n = {row['n']})" if unsure else "")
+
+
 def paired_interval(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
     """95 % interval of mean(first) − mean(second), both 0 or 1 on the same questions (Newcombe 1998, method 10).
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from sae_training import SAEConfig, train_saes
 from saeunlearn.corpus import Corpus
+from saeunlearn.evaluation.attacks.battery import attack
+from saeunlearn.evaluation.attacks.case import BUDGETS
 from saeunlearn.features.selection import SelectConfig, select
 from saeunlearn.methods.sspu import SSPU, SSPUConfig
 from saeunlearn.models import LanguageModel
@@ -32,7 +35,9 @@ def birds() -> Any:
 
 
 @pytest.mark.slow
-def test_birds_go_and_other_stories_stay(shared_data: Path, birds: Any, tmp_path: Path) -> None:
+def test_birds_go_and_other_stories_stay(
+    shared_data: Path, birds: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = {n: Corpus.load(shared_data / f"tinystories/{n}.jsonl")
             for n in ("forget_birds_train", "forget_birds_test", "retain_train", "retain_test")}  # fmt: skip
     model = LanguageModel.open(shared_data / "stories260K", device="cpu")
@@ -55,6 +60,15 @@ def test_birds_go_and_other_stories_stay(shared_data: Path, birds: Any, tmp_path
     assert after["topic"] - before["topic"] > 1.0
     assert after["other"] / before["other"] - 1 < 0.05
     assert after["retain"] / before["retain"] - 1 < 0.02
+    small = replace(BUDGETS["quick"], test=40, lora_rates=(2e-3,), steps=16, marks=(16,))
+    monkeypatch.setitem(BUDGETS, "quick", small)
+    attacked = attack(model, erasure, forget, retain, None, names=["none", "relearn-lora", "few-shot"])
+    levels, (none, relearned, shots) = attacked["levels"], attacked["attacks"]
+    assert attacked["metric"] == "nll"  # of other bird stories than the ones that are learned again
+    assert none["best"]["nll"] == levels["unlearned"]["nll"] > levels["original"]["nll"] + 0.03
+    assert relearned["best"]["nll"] < none["best"]["nll"] - 0.01
+    assert none["best"]["recovered"] == 0 < relearned["best"]["recovered"]
+    assert "needs multiple-choice questions" in shots["skipped"]
     erasure.merge(shared_data / "stories260K", tmp_path / "merged")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     with torch.no_grad():
