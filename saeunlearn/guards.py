@@ -62,8 +62,9 @@ def guard_of(sae: Any, layer: int, features: Sequence[int], *, mode: str = "clam
     """A guard on these features of a sae_lens SAE, which reads the output of block `layer`.
 
     `settings`: `strength`, with `min_active` for mode conditional and `threshold` for dsg; or `rules` for mode steer
-    (GuardRuntime says what they are; DeployError where they are missing). Only the rows that are needed are kept: those of
-    the features, and for topk the whole encoder. (BatchTopK and Matryoshka SAEs are JumpReLU once saved by sae_lens.)
+    (GuardRuntime says what they are; DeployError where they are missing). Only the rows that are needed are kept:
+    those of the features, and for topk the whole encoder. (BatchTopK and Matryoshka SAEs are JumpReLU once saved by
+    sae_lens.)
     Raises SAEMismatchError for an SAE that rescales its input at run time or has another architecture.
     """
     cfg, chosen = sae.cfg, list(features)
