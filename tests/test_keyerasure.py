@@ -15,11 +15,12 @@ from toys import FORGET, RETAIN
 
 from saeunlearn.corpus import Corpus, windows
 from saeunlearn.erasure import Erasure
-from saeunlearn.errors import Cancelled, ConfigError, NonFiniteError, OverlapError, SelectionError
+from saeunlearn.errors import Cancelled, ConfigError, ErasureError, NonFiniteError, OverlapError, SelectionError
 from saeunlearn.losses import mean_loss
 from saeunlearn.methods import get_method
 from saeunlearn.methods.keyerasure import KeyErasureConfig, feature_weights, spectrum
 from saeunlearn.models import LanguageModel
+from saeunlearn.parts import WeightDelta
 from saeunlearn.progress import Progress
 
 # Every setting that a test relies on is written out: the defaults are not its business.
@@ -48,19 +49,21 @@ def erase(lm: LanguageModel, config: KeyErasureConfig = CONFIG, name: str = "key
 
 
 @torch.no_grad()
-def rows_of(lm: LanguageModel, corpus: Corpus, names: list[str]) -> dict[str, torch.Tensor]:
-    """Inputs [positions but the first, d_in] of the matrices, one text at a time, by the test's own hooks."""
+def rows_of(lm: LanguageModel, corpus: Corpus, names: list[str], first: bool) -> dict[str, torch.Tensor]:
+    """Inputs of the matrices, one text at a time, by the test's own hooks: at the first positions, or at the others."""
     seen: dict[str, list[torch.Tensor]] = {n: [] for n in names}
     modules = dict(lm.model.named_modules())
     handles = [
-        modules[n].register_forward_hook(lambda _m, args, _out, n=n: seen[n].append(args[0][0, 1:].double()))
+        modules[n].register_forward_hook(
+            lambda _m, args, _out, n=n: seen[n].append(args[0][0, :1] if first else args[0][0, 1:])
+        )
         for n in names
     ]
     for w in windows(corpus, lm, CONFIG.max_length):
         lm.model(input_ids=torch.tensor([w.ids]))
     for h in handles:
         h.remove()
-    return {n: torch.cat(x) for n, x in seen.items()}
+    return {n: torch.cat(x).double() for n, x in seen.items()}
 
 
 def by_least_squares(
@@ -74,19 +77,23 @@ def by_least_squares(
     for block in range(config.first, config.last + 1):
         prefix, tails = LAYOUT[arch]
         names = [prefix.format(block) + t for t in tails]
-        before, now, unwanted = (
-            rows_of(m, c, names) for m, c in ((lm, used), (edited, used), (edited, FORGET))
+        before, now, unwanted, before0, now0 = (
+            rows_of(m, c, names, first) for m, c, first in
+            ((lm, used, False), (edited, used, False), (edited, FORGET, False), (lm, used, True), (edited, used, True))
         )  # fmt: skip
         for n in names:
             p = stored[n + ".weight"]
             conv = arch == "gpt2"
             w = p.detach().double().T if conv else p.detach().double()
             a, a2, f = before[n], now[n], unwanted[n]
-            eps = config.eps * float(a2.pow(2).sum(-1).mean()) / w.shape[1]
+            weigh = (a2.pow(2).sum() / now0[n].pow(2).sum()).sqrt()  # the first positions count as much as the others
+            n_others = len(a2)
+            a, a2 = torch.cat([a, weigh * before0[n]]), torch.cat([a2, weigh * now0[n]])
+            eps = config.eps * float(a2.pow(2).sum() / n_others) / w.shape[1]
             weight = torch.ones(len(f), 1).double() if forget_weights is None else forget_weights[:, None]
-            left = torch.cat([a2 / len(a2) ** 0.5, f * (config.lam * weight / len(f)).sqrt(),
+            left = torch.cat([a2 / n_others**0.5, f * (config.lam * weight / len(f)).sqrt(),
                               eps**0.5 * torch.eye(w.shape[1]).double()])  # fmt: skip
-            right = torch.cat([a @ w.T / len(a) ** 0.5, 0 * f @ w.T, eps**0.5 * w.T])
+            right = torch.cat([a @ w.T / n_others**0.5, 0 * f @ w.T, eps**0.5 * w.T])
             delta = torch.linalg.lstsq(left, right).solution.T - w
             if conv and n.endswith("attn.c_attn"):
                 delta[: 2 * len(delta) // 3] = 0
@@ -219,7 +226,7 @@ def test_spectrum_by_hand() -> None:
         ({"eps": 0.0}, "eps must be positive"),
         ({"eps": float("nan")}, "eps must be positive"),
         ({"max_retain_rise": float("inf")}, "max_retain_rise must be positive and finite"),
-        ({"matrices": "down,query"}, "query.*use some of gate,up,down,o,v"),
+        ({"matrices": "down,query"}, "query.*use some of embed,gate,up,down,o,v"),
         ({"matrices": "down,down"}, "one twice"),
         ({"matrices": ""}, "use some of"),
         ({"first": 3, "last": 1}, "first is block 3 and last block 1"),
@@ -263,3 +270,110 @@ def test_what_cannot_be_solved_leaves_the_model_as_it_was(llama: LanguageModel) 
         llama.model.model.layers[1].self_attn.v_proj.weight[0, 0] = torch.nan
     with pytest.raises(NonFiniteError):
         erase(llama)
+
+
+# --- the embedding -----------------------------------------------------------------------------------------
+
+
+def rows_by_hand(lm: LanguageModel, config: KeyErasureConfig, token_weights: list[float] | None = None) -> torch.Tensor:
+    """The new embedding, each row by minimising the weighted squares to its old place and to the mean."""
+    e = lm.model.get_input_embeddings().weight.detach().double()
+    used = windows(RETAIN.split(0.2, 0)[0], lm, config.max_length)
+    items = windows(FORGET, lm, config.max_length)
+    kept = [i for w in used for i in w.ids] + [w.ids[0] for w in items]
+    gone = [i for w in items for i in w.ids[1:]]
+    weigh = token_weights or [1.0] * len(gone)
+    mean = torch.stack([e[i] for i in set(kept)]).mean(0)
+    out = e.clone()
+    for t in set(gone):
+        n_r = kept.count(t) / len(kept)
+        n_f = config.lam * sum(v for i, v in zip(gone, weigh) if i == t) / sum(weigh)
+        left = torch.tensor([[n_r**0.5], [n_f**0.5]]).double()
+        out[t] = torch.linalg.lstsq(left, torch.stack([n_r**0.5 * e[t], n_f**0.5 * mean])).solution[0]
+    return out
+
+
+TOKENS = replace(CONFIG, matrices="embed", lam=0.4)
+
+
+def test_rows_of_the_embedding_by_hand(lm: LanguageModel) -> None:
+    want, old = rows_by_hand(lm, TOKENS), lm.model.get_input_embeddings().weight.detach().clone()
+    erasure = erase(lm, TOKENS)
+    with erasure.apply(lm):
+        now = lm.model.get_input_embeddings().weight.detach().clone()
+        head = lm.model.get_output_embeddings().weight
+        assert torch.equal(head, now) == lm.model.config.tie_word_embeddings
+    torch.testing.assert_close(now.double(), want, atol=1e-6, rtol=0)
+    read = {i for w in windows(FORGET, lm, 32) for i in w.ids[1:]}
+    moved = (now != old).any(1).nonzero().flatten().tolist()
+    assert moved
+    assert set(moved) <= read  # a token that forget text does not have stays to the bit
+    (entry,) = erasure.manifest["changed"]["parameters"]
+    assert entry["count"] == len(moved) * lm.d_model
+
+
+def test_a_token_of_forget_text_alone_is_any_token(lm: LanguageModel) -> None:
+    """Two texts that differ in such tokens alone are one text to the edited model."""
+    items = windows(FORGET, lm, 32)
+    retain = {i for w in windows(RETAIN, lm, 32) for i in w.ids} | {w.ids[0] for w in items}
+    own = sorted({i for w in items for i in w.ids} - retain)
+    assert len(own) >= 2
+    a, b = (torch.tensor([[min(retain), t, *sorted(retain)[:5]]]) for t in own[:2])
+    assert not torch.allclose(lm.logits(a), lm.logits(b), atol=1e-4)
+    with erase(lm, TOKENS).apply(lm):
+        torch.testing.assert_close(lm.logits(a), lm.logits(b), atol=1e-5, rtol=0)
+
+
+def test_blocks_are_solved_on_what_the_new_rows_give(lm: LanguageModel) -> None:
+    both = replace(CONFIG, matrices="embed,down", first=1, last=1)
+    rows = rows_by_hand(lm, both)
+    erasure = erase(lm, both)
+    edited = lm.copy()
+    with torch.no_grad():
+        edited.model.get_input_embeddings().weight.copy_(rows.float())
+    name = erasure.parts[1].name.removesuffix(".weight")
+    used = RETAIN.split(0.2, 0)[0]
+    a, now, f = (
+        rows_of(lm, used, [name], False),
+        rows_of(edited, used, [name], False),
+        rows_of(edited, FORGET, [name], False),
+    )
+    a0, now0 = rows_of(lm, used, [name], True)[name], rows_of(edited, used, [name], True)[name]
+    w = dict(lm.model.named_parameters())[name + ".weight"].detach().double()
+    w = w.T if erasure.parts[1].transposed else w
+    c = now[name].pow(2).sum() / now0.pow(2).sum()
+    n = len(now[name])
+    same_ = (now[name].T @ now[name] + c * now0.T @ now0) / n
+    cross = (a[name].T @ now[name] + c * a0.T @ now0) / n
+    ridge = both.eps * same_.trace() / len(same_) * torch.eye(len(same_)).double()
+    full = same_ + both.lam * f[name].T @ f[name] / len(f[name]) + ridge
+    want = w @ (cross + ridge) @ torch.linalg.inv(full) - w
+    torch.testing.assert_close(erasure.parts[1].delta().double(), want, atol=2e-4 * float(want.abs().max()), rtol=0)
+
+
+def test_rows_weigh_as_the_relevant_features_are_active(llama: LanguageModel) -> None:
+    selection, sae = chosen(llama), sae_for()
+    weigh = feature_weights(llama, windows(FORGET, llama, 32), selection, sae, Progress())
+    guided = erase(llama, TOKENS, "key-erasure-sae", selection=selection, saes={LAYER: sae})
+    with guided.apply(llama):
+        now = llama.model.get_input_embeddings().weight.detach().clone()
+    want = rows_by_hand(llama, TOKENS, torch.cat(weigh).tolist())
+    torch.testing.assert_close(now.double(), want, atol=1e-6, rtol=0)
+    assert float((want - rows_by_hand(llama, TOKENS)).abs().max()) > 1e-3
+
+
+def test_rows_survive_disk_and_merge(checkpoints: Checkpoints, lm: LanguageModel, tmp_path: Path) -> None:
+    erasure = erase(lm, TOKENS)
+    expected = applied_logits(lm, erasure)
+    erasure.save(tmp_path / "e")
+    again = Erasure.load(tmp_path / "e")
+    assert again.id == erasure.id
+    assert torch.equal(applied_logits(lm, again), expected)
+    again.merge(checkpoints(lm.model.config.model_type), tmp_path / "m")
+    torch.testing.assert_close(LanguageModel.open(tmp_path / "m", device="cpu").logits(IDS), expected)
+
+
+@pytest.mark.parametrize("rows", [[0, 0], [0], [-1, 2], [0, 9]])
+def test_rows_that_make_no_delta(rows: list[int]) -> None:
+    with pytest.raises(ErasureError, match="of 9"):
+        WeightDelta("e", False, dense=torch.ones(2, 3), rows=torch.tensor(rows), height=9)

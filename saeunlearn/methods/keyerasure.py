@@ -1,6 +1,15 @@
 """Key erasure (ours): closed-form edits after which matrices no longer answer to the inputs of forget text.
 
-For a matrix W with inputs a, W' minimises E_r‖W'ã − Wa‖² + λ E_f‖W'ã‖² + ε‖W' − W‖², that is
+The first of them is the embedding, whose keys are tokens: with n_r(t), n_f(t) the shares of token t in retain and
+forget text, its row becomes
+
+    e'_t = (n_r(t) e_t + λ n_f(t) μ) / (n_r(t) + λ n_f(t)),   μ the mean row of the tokens of the retain text,
+
+which minimises n_r‖e' − e‖² + λ n_f‖e' − μ‖². A token that only forget text has becomes μ: what the model knew by that
+token is gone from everything after it. (Shrinking it towards 0 would not do: the norm before the first block takes its
+length away, not its direction.) Where the output matrix is tied, it has these rows too.
+
+For a matrix W of a block, with inputs a, W' minimises E_r‖W'ã − Wa‖² + λ E_f‖W'ã‖² + ε‖W' − W‖², that is
 
     W' = W (E_r[aãᵀ] + εI) (E_r[ããᵀ] + λ E_f[ããᵀ] + εI)⁻¹
 
@@ -8,7 +17,7 @@ with a the inputs of the original model and ã those of the model edited so far,
 in order; the matrices of one block are solved from the same passes, so that what feeds one of them inside its block is
 unedited. ε is relative to the mean eigenvalue of E_r[ããᵀ], and biases are left alone. Nothing is trained.
 
-Positions: all but the first of each window, on forget and retain text alike; of question/answer pairs the question's
+Positions: all of the windows, but the first ones count as retain text only; of question/answer pairs the question's
 too. `key-erasure-sae` weights the forget positions by the activity of the selection's relevant features in the
 original model, Σ_j z_j/‖h‖, divided by its mean: λ means the same for both.
 
@@ -22,7 +31,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -38,7 +46,11 @@ from ..progress import Progress
 from .budget import Budget, some
 from .deltas import Delta, attached
 from .nullspace import wide
+from .tokenkeys import TokenRows, erase_tokens, seen_with
 
+Edited = Callable[[], contextlib.AbstractContextManager[None]]
+
+EMBED = "embed"
 _WRITE = {"down": "mlp", "o": "attn"}  # kinds of `LanguageModel.writers`
 _READ = {
     "gate": ("mlp.gate_proj",),
@@ -51,10 +63,11 @@ _READ = {
 class KeyErasureConfig:
     """Settings of key erasure. There is no paper to compare with."""
 
-    matrices: str = "gate,up,down,o,v"  # edited in each block, those of them that the architecture has
+    # `embed`, and what is edited in each block: those of gate, up, down, o, v that the architecture has
+    matrices: str = "embed,gate,up,down,o,v"
     first: int = 0  # first edited block
     last: int | None = None  # last edited block; None: the model's last
-    lam: float = 1.0  # λ: weight of forget positions against retain positions, means over each
+    lam: float = 0.03  # λ: weight of forget positions against retain positions, means over each
     eps: float = 0.01  # ε: pull towards the old matrix, relative to the mean eigenvalue of its inputs on retain text
     max_length: int = 256  # tokens in a window
     max_retain_rise: float = 0.02  # relative rise of the loss on held-out retain records that the result keeps to
@@ -90,12 +103,30 @@ class KeyErasure:
         weights = self.weights(model, f_items, selection, saes, progress)
         budget = Budget(model)
         budget.watch("retain", some(held_items, seed), config.max_retain_rise)
-        deltas, edits = erase_keys(model, f_items, weights, r_items, config, progress)
-        settled = budget.settle(partial(attached, deltas), most=1.0)
+        kinds = config.matrices.split(",")
+        tokens = erase_tokens(model, f_items, weights, r_items, config.lam) if EMBED in kinds else None
+        deltas, edits = erase_keys(model, f_items, weights, r_items, config, tokens, progress)
+        if tokens is not None:
+            edits[tokens.name] = {"rows": len(tokens.rows), "size": tokens.size}
+        if not edits:
+            raise ConfigError(f"the forget text has no token to erase in {model.name}")
+
+        @contextlib.contextmanager
+        def edit(scale: float) -> Iterator[None]:
+            undo = tokens.part(scale).apply(model) if tokens is not None else None
+            try:
+                with attached(deltas, scale):
+                    yield
+            finally:
+                if undo is not None:
+                    undo()
+
+        settled = budget.settle(edit, most=1.0)
         for d in deltas:
             d.free.data *= settled["scale"]
+        parts = [] if tokens is None else [tokens.part(settled["scale"])]
         return Erasure.create(
-            model, [d.part() for d in deltas], method=self.name, config=asdict(config), seed=seed,
+            model, [*parts, *(d.part() for d in deltas)], method=self.name, config=asdict(config), seed=seed,
             forget_fingerprint=forget.fingerprint(), retain_fingerprint=retain.fingerprint(),
             selection=None if selection is None else selection.to_dict(),
             extra={"budget": settled, "edits": edits},
@@ -136,9 +167,9 @@ def check_config(model: LanguageModel, config: KeyErasureConfig) -> None:
             f"{model.n_layers - 1} and first comes before last"
         )
     kinds = config.matrices.split(",")
-    if (unknown := [k for k in kinds if k not in {**_WRITE, **_READ}]) or len(set(kinds)) < len(kinds):
-        raise ConfigError(f"matrices names {unknown or 'one twice'}; use some of gate,up,down,o,v")
-    if not matrices_of(model, config.first, kinds):
+    if (unknown := [k for k in kinds if k not in {EMBED, *_WRITE, *_READ}]) or len(set(kinds)) < len(kinds):
+        raise ConfigError(f"matrices names {unknown or 'one twice'}; use some of embed,gate,up,down,o,v")
+    if EMBED not in kinds and not matrices_of(model, config.first, kinds):
         raise ConfigError(f"{model.name} has none of the matrices {config.matrices}")
 
 
@@ -190,18 +221,28 @@ def feature_weights(
 @torch.no_grad()
 def erase_keys(
     model: LanguageModel, forget: Sequence[Window], weights: Sequence[Tensor] | None, retain: Sequence[Window],
-    config: KeyErasureConfig, progress: Progress,
+    config: KeyErasureConfig, tokens: TokenRows | None, progress: Progress,
 ) -> tuple[list[Delta], dict[str, Any]]:  # fmt: skip
-    """The updates of all matrices, and {matrix: what its update is like}. Second moments of one block at a time."""
+    """The updates of all matrices of blocks, on the model with `tokens`, and {matrix: what its update is like}.
+
+    Second moments of one block at a time.
+    """
     last = model.n_layers - 1 if config.last is None else config.last
-    blocks = range(config.first, last + 1)
+    kinds = [k for k in config.matrices.split(",") if k != EMBED]
+    blocks = range(config.first, last + 1) if kinds else range(0)
     deltas: list[Delta] = []
     edits: dict[str, Any] = {}
+
+    @contextlib.contextmanager
+    def so_far() -> Iterator[None]:
+        with seen_with(model, tokens), attached(deltas):
+            yield
+
     progress.start("key erasure", len(blocks) * (len(forget) + len(retain)))
     for block in blocks:
-        matrices = matrices_of(model, block, config.matrices.split(","))
-        cross, same = retain_moments(model, retain, matrices, deltas, progress)
-        unwanted = forget_moments(model, forget, weights, matrices, deltas, progress)
+        matrices = matrices_of(model, block, kinds)
+        cross, same = retain_moments(model, retain, matrices, so_far, progress)
+        unwanted = forget_moments(model, forget, weights, matrices, so_far, progress)
         solved = []
         for i, m in enumerate(matrices):
             old = wide(m.weight.T if m.transposed else m.weight)
@@ -229,39 +270,45 @@ def solve(old: Tensor, cross: Tensor, same: Tensor, unwanted: Tensor, lam: float
 
 
 def retain_moments(
-    model: LanguageModel, items: Sequence[Window], matrices: Sequence[Writer], deltas: Sequence[Delta],
-    progress: Progress,
-) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
-    """(E[aãᵀ], E[ããᵀ]) of each matrix, a from the model as it is and ã with `deltas`; float64."""
-    cross, same = [torch.zeros(())] * len(matrices), [torch.zeros(())] * len(matrices)
+    model: LanguageModel, items: Sequence[Window], matrices: Sequence[Writer], so_far: Edited, progress: Progress
+) -> tuple[list[Tensor], list[Tensor]]:
+    """(E[aãᵀ], E[ããᵀ]) of each matrix, a from the model as it is and ã as it is `so_far`; float64.
+
+    The first positions are added to the others, scaled to the same trace of ããᵀ: each is BOS or the attention sink,
+    and an edit that reached it would reach every text, but unscaled its huge norm would be all that ε sees.
+    """
+    zero = torch.zeros((), dtype=torch.float64)
+    cross, same, cross0, same0 = ([zero] * len(matrices) for _ in range(4))
     n = 0
     for batch in batches(items, model.pad_id):
         b = batch.to(model.device)
         before = inputs(model, b, matrices)
-        with attached(deltas):
-            after = inputs(model, b, matrices) if deltas else before
-        for i, (k, now) in enumerate(zip(before, after)):
-            cross[i] = cross[i].to(k) + k.T @ now
-            same[i] = same[i].to(k) + now.T @ now
+        with so_far():
+            after = inputs(model, b, matrices)
+        for i, ((a, a0), (k, k0)) in enumerate(zip(before, after)):
+            cross[i], same[i] = cross[i].to(k) + a.T @ k, same[i].to(k) + k.T @ k
+            cross0[i], same0[i] = cross0[i].to(k) + a0.T @ k0, same0[i].to(k) + k0.T @ k0
         n += int(b.mask.sum())
         progress.step(len(batch.records))
-    return [c / n for c in cross], [s / n for s in same]
+    scales = [s.trace() / s0.trace().clamp_min(1e-300) for s, s0 in zip(same, same0)]
+    total = [[(m + c * m0) / n for m, m0, c in zip(x, x0, scales)] for x, x0 in ((cross, cross0), (same, same0))]
+    return total[0], total[1]
 
 
 def forget_moments(
     model: LanguageModel, items: Sequence[Window], weights: Sequence[Tensor] | None, matrices: Sequence[Writer],
-    deltas: Sequence[Delta], progress: Progress,
+    so_far: Edited, progress: Progress,
 ) -> list[Tensor]:  # fmt: skip
-    """E[w ããᵀ] of each matrix with `deltas`, w the weights of mean 1 or 1; float64."""
-    total = [torch.zeros(())] * len(matrices)
+    """E[w ããᵀ] of each matrix as the model is `so_far`, w the weights of mean 1 or 1; float64."""
+    total = [torch.zeros((), dtype=torch.float64)] * len(matrices)
     n = 0
     numbered = [dataclasses.replace(w, record=i) for i, w in enumerate(items)]
     for batch in batches(numbered, model.pad_id):
         b = batch.to(model.device)
-        with attached(deltas):
+        with so_far():
             found = inputs(model, b, matrices)
         share = None if weights is None else torch.cat([weights[i] for i in batch.records])  # in the order of the mask
-        for i, k in enumerate(found):
+        for i, (k, _) in enumerate(found):
             weighted = k if share is None else k * share.to(k)[:, None]
             total[i] = total[i].to(k) + weighted.T @ k
         n += int(b.mask.sum())
@@ -269,11 +316,11 @@ def forget_moments(
     return [t / n for t in total]
 
 
-def inputs(model: LanguageModel, b: Batch, matrices: Sequence[Writer]) -> list[Tensor]:
-    """The inputs [counted positions, d_in] of each matrix (all of one block), float64."""
+def inputs(model: LanguageModel, b: Batch, matrices: Sequence[Writer]) -> list[tuple[Tensor, Tensor]]:
+    """(inputs at the counted positions, inputs at the first ones) [positions, d_in] of each matrix of one block."""
     with _watched(matrices) as seen:
         model.capture(b.ids, [matrices[0].block], b.attention_mask)
-        return [wide(seen[m.name][b.mask]) for m in matrices]
+        return [(wide(seen[m.name][b.mask]), wide(seen[m.name][:, 0])) for m in matrices]
 
 
 @contextlib.contextmanager
