@@ -7,8 +7,8 @@ World and seed go in pairs. Each run trains or solves one method with its defaul
 `saeunlearn demo`), scores it beside the oracle and attacks both with the whole battery (`attacks.py`); finished work is
 kept. Writes table.md: multiple choice on forget questions and its difference from the oracle's, near and far as shares
 of the original (the worst of seen, held-out and untouched), the loss on retain text, the accuracy after the best
-relearning attack and the oracle's after the same, the worst attack's recovered share, and the seconds of the edit as a
-share of those of the oracle's training on the same machine. Means over runs (least to greatest).
+relearning attack and the oracle's after the same, and the worst attack's recovered share. Means over runs (least
+to greatest).
 """
 
 from __future__ import annotations
