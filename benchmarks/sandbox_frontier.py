@@ -28,7 +28,8 @@ from saeunlearn.evaluation.metrics import multiple_choice
 from saeunlearn.features.selection import SelectConfig, Selection
 from saeunlearn.methods.deltas import attached
 from saeunlearn.methods.sspu import SSPUConfig, fit, prepare, settle
-from saeunlearn.pipeline import choose, settings_of
+from saeunlearn.options import settings_of
+from saeunlearn.pipeline import choose
 from saeunlearn.progress import ConsoleProgress, Progress
 from saeunlearn.sandbox.build import DEMO_SELECT, DEMO_SETTINGS, Sandbox, SandboxConfig, WorldConfig, build
 
