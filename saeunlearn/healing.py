@@ -1,11 +1,11 @@
 """Healing: after an edit, bring what was to be kept back to the original's answers, and nothing of the rest.
 
 The edited model is trained towards the original one, KL(original ‖ edited) over the whole vocabulary at every position,
-on retain records and on sentences that the original writes itself: these know what no record at hand says. Two things
-keep the way back closed. What the edit erased stays erased: each change of a matrix is kept orthogonal, on its input
-side, to the right singular vectors that hold `ERASED` of the energy of its ΔW, and rows of the embedding that the edit
-moved far stay where they are. And the loss on forget text is watched: of the healing only as large a share is taken as
-leaves the edit that much of its effect there.
+on sentences that the original writes itself (they tell what no record at hand says), or on the retain records. Two
+things keep the way back closed. What the edit erased stays erased: each change of a matrix is kept orthogonal, on its
+input side, to the right singular vectors that hold `ERASED` of the energy of its ΔW, and rows of the embedding that the
+edit moved far stay where they are. And the loss on forget text is watched: of the healing only as large a share is
+taken as leaves the edit that much of its effect there.
 
 Sentences of the original that look like forget text are left out: those with more word pairs that occur in the forget
 set and not in the retain set than nearly all retain records (SEEN_SHARE of them) have.
@@ -17,7 +17,7 @@ sampling, a forward pass a token.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 
@@ -47,15 +47,15 @@ class HealConfig:
 
     steps: int = 300  # optimiser steps
     lr: float = 1e-3  # peak learning rate of AdamW, one-cycle
-    batch: int = 32  # windows in a step, half of them the original's own where there are any
-    samples: int = 2000  # sentences that the original writes; 0: retain records alone
+    batch: int = 32  # windows in a step
+    samples: int = 3000  # sentences that the original writes, to train on; 0: train on the retain records
     tokens: int = 32  # the most in one of them
     max_length: int = 256  # tokens in a window of a record
     max_return: float = 0.1  # share of the edit's effect on the forget loss that may be lost
 
     def check(self) -> None:
         """Raises ConfigError naming the setting that is out of range."""
-        for name, least in (("steps", 1), ("batch", 2), ("samples", 0), ("tokens", 2), ("max_length", 2)):
+        for name, least in (("steps", 1), ("batch", 1), ("samples", 0), ("tokens", 2), ("max_length", 2)):
             if getattr(self, name) < least:
                 raise ConfigError(f"healing: {name} = {getattr(self, name)}; use at least {least}")
         if not self.lr > 0 or not math.isfinite(self.lr):
@@ -77,9 +77,8 @@ def heal(
     config.check()
     if other := sorted({p.kind for p in erasure.parts} - {WeightDelta.kind}):
         raise ConfigError(f"only changes of weights can be healed; {erasure.manifest['method']} has {', '.join(other)}")
-    texts = [windows(retain, model, config.max_length)]
-    if config.samples:
-        texts.append(windows(own_sentences(model, forget, retain, config, seed, progress), model, config.max_length))
+    text = own_sentences(model, forget, retain, config, seed, progress) if config.samples else retain
+    rows = endless(windows(text, model, config.max_length), model.pad_id, config.batch, seed)
     student = model.copy()
     student.model.float()
     erasure.apply(student)
@@ -88,7 +87,7 @@ def heal(
     start = {k: p.detach().clone() for k, p in base_parameters(student).items()}
     held = {k: held_by(p, start[k]) for p in erasure.parts if isinstance(p, WeightDelta)
             and (k := parameter_key(p.name))}  # fmt: skip
-    losses = _train(model, student, _rows(texts, model, config, seed), start, held, config, progress)
+    losses = _train(model, student, rows, start, held, config, progress)
     now = {k: p.detach().clone() for k, p in base_parameters(student).items()}
 
     def at(scale: float) -> float:
@@ -205,15 +204,8 @@ def held_by(part: WeightDelta, weight: Tensor) -> Held:
     return Held(None, right[:r].T.contiguous(), part.transposed)
 
 
-def _rows(texts: Sequence[list], model: LanguageModel, config: HealConfig, seed: int) -> Iterator[list[Batch]]:
-    share = config.batch // len(texts)
-    streams = [endless(t, model.pad_id, share, seed + i) for i, t in enumerate(texts)]
-    while True:
-        yield [next(s) for s in streams]
-
-
 def _train(
-    teacher: LanguageModel, student: LanguageModel, rows: Iterator[list[Batch]], start: dict[str, Tensor],
+    teacher: LanguageModel, student: LanguageModel, rows: Iterator[Batch], start: dict[str, Tensor],
     held: dict[str, Held], config: HealConfig, progress: Progress,
 ) -> list[float]:  # fmt: skip
     """Train `student` in place; the KL of each step in nats a token."""
@@ -227,18 +219,15 @@ def _train(
         for group in optimiser.param_groups:
             group["lr"] = config.lr * one_cycle(step, config.steps, 0.1)
         optimiser.zero_grad(set_to_none=True)
-        parts = [b.to(student.device) for b in next(rows)]
-        total = sum(int(b.attention_mask.sum()) for b in parts)
-        loss = 0.0
-        for b in parts:
-            given = {"input_ids": b.ids, "attention_mask": b.attention_mask, "use_cache": False}
-            there = b.attention_mask.bool()
-            with torch.no_grad():
-                wanted = teacher.model(**given).logits[there].float().log_softmax(-1)
-            logits = student.model(**given).logits[there].float().log_softmax(-1)
-            kl = nn.functional.kl_div(logits, wanted, log_target=True, reduction="sum") / total
-            kl.backward()
-            loss += kl.item()
+        b = next(rows).to(student.device)
+        given = {"input_ids": b.ids, "attention_mask": b.attention_mask, "use_cache": False}
+        there = b.attention_mask.bool()
+        with torch.no_grad():
+            wanted = teacher.model(**given).logits[there].float().log_softmax(-1)
+        logits = student.model(**given).logits[there].float().log_softmax(-1)
+        kl = nn.functional.kl_div(logits, wanted, log_target=True, reduction="batchmean")
+        kl.backward()
+        loss = kl.item()
         if not math.isfinite(loss):
             raise NonFiniteError(f"healing: the loss is {loss} at step {step}; lower lr")
         nn.utils.clip_grad_norm_(list(parameters.values()), 1.0)

@@ -141,7 +141,7 @@ def test_sentences_are_the_originals_and_not_like_forget_text(
     ("change", "message"),
     [
         ({"steps": 0}, "steps = 0; use at least 1"),
-        ({"batch": 1}, "batch = 1"),
+        ({"batch": 0}, "batch = 0"),
         ({"samples": -1}, "samples = -1"),
         ({"lr": float("nan")}, "lr = nan"),
         ({"max_return": 1.0}, "between 0 and 1"),
