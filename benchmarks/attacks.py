@@ -26,7 +26,7 @@ from saeunlearn.erasure import Erasure
 from saeunlearn.evaluation.attacks.battery import ATTACKS, attack
 from saeunlearn.methods import get_method
 from saeunlearn.models import LanguageModel
-from saeunlearn.pipeline import settings_of
+from saeunlearn.options import settings_of
 from saeunlearn.progress import ConsoleProgress
 from saeunlearn.sandbox.build import DEMO_SETTINGS, build_oracle
 

@@ -36,7 +36,7 @@ from saeunlearn.losses import mean_loss, token_losses
 from saeunlearn.methods.deltas import attached
 from saeunlearn.methods.sspu import SSPUConfig, fit, prepare, probe_layer
 from saeunlearn.models import LanguageModel
-from saeunlearn.pipeline import settings_of
+from saeunlearn.options import settings_of
 from saeunlearn.progress import ConsoleProgress, Progress
 from saeunlearn.sandbox.build import DEMO_SELECT, DEMO_SETTINGS
 

@@ -29,7 +29,7 @@ from saeunlearn.checkpoints import write_json
 from saeunlearn.evaluation.evaluate import group_of
 from saeunlearn.evaluation.metrics import cloze, multiple_choice, nll
 from saeunlearn.methods import METHODS, get_method
-from saeunlearn.pipeline import settings_of
+from saeunlearn.options import settings_of
 from saeunlearn.progress import ConsoleProgress
 from saeunlearn.sandbox.build import DEMO_SETTINGS, SandboxConfig, WorldConfig, learn
 from saeunlearn.sandbox.world import make_world

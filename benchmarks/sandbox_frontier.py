@@ -12,8 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from saeunlearn.evaluation.metrics import multiple_choice
 from saeunlearn.features.selection import SelectConfig, Selection
 from saeunlearn.methods.deltas import attached
 from saeunlearn.methods.sspu import SSPUConfig, fit, prepare, settle
-from saeunlearn.pipeline import choose, settings_of
+from saeunlearn.options import settings_of
+from saeunlearn.pipeline import choose
 from saeunlearn.progress import ConsoleProgress, Progress
 from saeunlearn.sandbox.build import DEMO_SELECT, DEMO_SETTINGS, Sandbox, SandboxConfig, WorldConfig, build
 
@@ -38,13 +40,18 @@ TARGETS = {"forget": (0.15, 0.35), "seen": (0.97, 9.0), "held_out": (0.94, 9.0),
 class World:
     """A built world with its SAEs."""
 
-    def __init__(self, seed: int, out: Path) -> None:
+    def __init__(self, seed: int, out: Path, vocabulary: int | None = None) -> None:
         progress = ConsoleProgress()
         self.seed = seed
-        self.box: Sandbox = build(SandboxConfig(world=WorldConfig(seed=seed)), progress)
+        config = SandboxConfig(world=WorldConfig(seed=seed))
+        self.box: Sandbox = build(replace(config, vocabulary=vocabulary or config.vocabulary), progress)
         self.case = sandbox_case(self.box, f"world-{seed}", out / f"world-{seed}", progress)
         self.model, self.forget, self.retain = self.case.model, self.case.forget, self.case.retain
-        self.questions, self.saes = self.case.questions, self.case.saes()
+        self.questions = self.case.questions
+
+    @cached_property
+    def saes(self) -> Mapping[int, Any]:
+        return self.case.saes()
 
     def accuracy(self) -> dict[str, float]:
         """Multiple choice by group."""

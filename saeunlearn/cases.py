@@ -23,7 +23,8 @@ from .locks import locked
 from .methods import get_method
 from .methods.sspu import SSPUConfig
 from .models import LanguageModel
-from .pipeline import choose, ready_saes, settings_of, train_into
+from .options import settings_of
+from .pipeline import choose, ready_saes, train_into
 from .progress import Progress
 from .sandbox.build import DEMO_SAE, DEMO_SELECT, DEMO_SETTINGS, Sandbox, SandboxConfig, WorldConfig, build
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+from . import options
 from .errors import ConfigError, SaeunlearnError, VerificationError
-from .options import further_settings, given, method_settings, named_files, selection_settings, whole_numbers
 from .parser import build_parser
 from .terminal import (
     attack_lines,
@@ -101,14 +101,15 @@ def train_saes(args: argparse.Namespace) -> None:
     from sae_training.produce import produce
 
     from .models import LanguageModel, resolve_device
-    from .pipeline import settings_of
     from .progress import ConsoleProgress, Progress
 
-    given = further_settings(args.set) | ({"tokens": args.tokens} if args.tokens is not None else {})
+    given = options.further_settings(args.set) | ({"tokens": args.tokens} if args.tokens is not None else {})
     configs = [
-        settings_of(SAEConfig, {**given, "architecture": arch, "expansion": width, "k": k}, "SAE")
+        options.settings_of(SAEConfig, {**given, "architecture": arch, "expansion": width, "k": k}, "SAE")
         for arch, width, k in product(
-            args.arch.split(","), whole_numbers(args.expansion, "--expansion"), whole_numbers(args.k, "--k")
+            args.arch.split(","),
+            options.whole_numbers(args.expansion, "--expansion"),
+            options.whole_numbers(args.k, "--k"),
         )
     ]
     processes = Processes.launched(resolve_device(args.device))
@@ -129,11 +130,11 @@ def select(args: argparse.Namespace) -> None:
     from .features.selection import SelectConfig
     from .methods import get_method
     from .models import LanguageModel
-    from .pipeline import choose, ready_saes, settings_of
+    from .pipeline import choose, ready_saes
     from .progress import ConsoleProgress
 
-    settings = settings_of(get_method(args.method).Config, method_settings(args), args.method)
-    config = settings_of(SelectConfig, selection_settings(args), "selection")
+    settings = options.settings_of(get_method(args.method).Config, options.method_settings(args), args.method)
+    config = options.settings_of(SelectConfig, options.selection_settings(args), "selection")
     forget, retain = Corpus.load(args.forget), Corpus.load(args.retain)
     refuse_overlap(forget, retain)
     model = LanguageModel.open(args.model, device=args.device, dtype=args.dtype)
@@ -158,10 +159,10 @@ def unlearn(args: argparse.Namespace) -> None:
 
     config = RunConfig(
         model=args.model, forget=args.forget, retain=args.retain, questions=args.questions, saes=args.saes,
-        eval_texts=named_files(args.eval, "--eval"), selection=args.selection, layers=args.layers,
-        select=selection_settings(args),
-        method=args.method, settings=method_settings(args), seed=args.seed, device=args.device, dtype=args.dtype,
-        include_text=args.include_text,
+        eval_texts=options.named_files(args.eval, "--eval"), selection=args.selection, layers=args.layers,
+        select=options.selection_settings(args), method=args.method, settings=options.method_settings(args),
+        seed=args.seed, device=args.device, dtype=args.dtype, include_text=args.include_text,
+        heal=None if args.heal is None else options.further_settings(args.heal),
     )  # fmt: skip
     run = carry_out(config, args.out, ConsoleProgress(), args.command)
     show_result(run)
@@ -217,7 +218,7 @@ def evaluate(args: argparse.Namespace) -> None:
     metrics = named_metrics(args.metrics)
     if args.oracle and not (args.erasure and args.questions and set(metrics) & set(JUDGED)):
         raise ConfigError(f"--oracle judges an Erasure by {' or '.join(JUDGED)}: give --erasure and --questions")
-    texts = {n: Corpus.load(f) for n, f in named_files(args.text, "--text").items()}
+    texts = {n: Corpus.load(f) for n, f in options.named_files(args.text, "--text").items()}
     questions = Corpus.load(args.questions) if args.questions else None
     if not texts and questions is None and not args.prompt:
         raise ConfigError("nothing to measure: give --questions, --text NAME=FILE or --prompt")
@@ -274,8 +275,8 @@ def compare(args: argparse.Namespace) -> None:
     from .evaluation.frontier import compare as carry_out
     from .progress import ConsoleProgress
 
-    own = given(args, "model", "forget", "retain", "questions", "saes", "selection", "oracle")
-    boxed = given(args, "tune_worlds", "worlds")
+    own = options.given(args, "model", "forget", "retain", "questions", "saes", "selection", "oracle")
+    boxed = options.given(args, "tune_worlds", "worlds")
     if wrong := own if args.sandbox else boxed:
         raise ConfigError(f"{', '.join(wrong)}: {'not with' if args.sandbox else 'only with'} --sandbox")
     make, progress = sandbox_plan if args.sandbox else own_plan, ConsoleProgress()
@@ -355,7 +356,7 @@ def verify(args: argparse.Namespace) -> None:
     from .verify import verify as check
 
     paths = {n: p for n in ("model", "forget", "retain", "questions") if (p := getattr(args, n)) is not None}
-    checks = check(args.run, paths, named_files(args.eval, "--eval"), sample=args.sample, seed=args.seed,
+    checks = check(args.run, paths, options.named_files(args.eval, "--eval"), sample=args.sample, seed=args.seed,
                    device=args.device, progress=ConsoleProgress())  # fmt: skip
     print(check_lines(checks))
     if args.out:
@@ -373,7 +374,7 @@ def diff(args: argparse.Namespace) -> None:
     from .pipeline import ready_saes
     from .progress import ConsoleProgress
 
-    texts = {n: Corpus.load(f) for n, f in named_files(args.text, "--text").items()}
+    texts = {n: Corpus.load(f) for n, f in options.named_files(args.text, "--text").items()}
     selection = Selection.load(args.selection) if args.selection else None
     before, after = open_pair(args.before, args.after, args.erasure, args.device, args.dtype)
     found = feature_diff(before, after, ready_saes(before, args.saes, args.layers), texts, selection=selection,

@@ -1,11 +1,13 @@
-"""What options of the command line mean as values. All raise ConfigError, naming the option."""
+"""What options of the command line, and settings of a run, mean as values. All raise ConfigError, naming the option."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .errors import ConfigError
 
@@ -56,3 +58,35 @@ def method_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def selection_settings(args: argparse.Namespace) -> dict[str, Any]:
     return given(args, "k", "layer")
+
+
+def settings_of(cls: type, given: Mapping[str, Any], what: str) -> Any:
+    """An instance of the settings dataclass `cls`. Raises ConfigError naming unknown settings and wrong types."""
+    known = get_type_hints(cls)
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise ConfigError(f"unknown {what} settings {unknown}; known: {', '.join(known)}")
+    values = {}
+    for name, value in given.items():
+        options = get_args(known[name]) if isinstance(known[name], UnionType) else (known[name],)
+        if int in options and isinstance(value, float) and value.is_integer():
+            value = int(value)  # 50.0 is how some JSON writers say 50
+        if not any(_is_a(option, value) for option in options):
+            wanted = " or ".join(_in_words(option) for option in options)
+            raise ConfigError(f"{what} setting {name} must be {wanted}, got {value!r}")
+        values[name] = value
+    return cls(**values)
+
+
+def _is_a(kind: Any, value: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, kind)
+
+
+def _in_words(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return " or ".join(get_args(kind))
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(kind, "empty")

@@ -69,6 +69,8 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--eval", action="append", default=[], metavar="NAME=FILE", help="further texts to evaluate on")
     p.add_argument("--out", type=Path, required=True, help="run directory; the same command resumes it")
     p.add_argument("--include-text", action="store_true", help="keep samples in the run directory and the report")
+    p.add_argument("--heal", nargs="*", metavar="NAME=VALUE",
+                   help="then train towards the original on what is to be kept: steps, lr, samples …")  # fmt: skip
     add_method(p)
     add_common(p)
 

@@ -46,7 +46,9 @@ class WeightDelta:
 
     `name` is the parameter's name in the Hugging Face state dict. `left` [d_out, K] @ `right` [K, d_in] or
     `dense` [d_out, d_in] (any shape for parameters that are not matrices) is ΔW; `transposed` says that the
-    model stores [d_in, d_out] (GPT-2's Conv1D). Raises ErasureError for shapes that make no ΔW.
+    model stores [d_in, d_out] (GPT-2's Conv1D). With `rows` [n], int64, `dense` [n, d] holds these rows of the stored
+    parameter, which has `height` of them, and the others stay (an embedding's tokens). Raises ErasureError for shapes
+    that make no ΔW.
     """
 
     kind: ClassVar[str] = "weight_delta"
@@ -55,6 +57,8 @@ class WeightDelta:
     left: Tensor | None = None
     right: Tensor | None = None
     dense: Tensor | None = None
+    rows: Tensor | None = None
+    height: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", self.name.replace(".base_layer", ""))  # a matrix under a PEFT layer
@@ -69,12 +73,25 @@ class WeightDelta:
             shapes = tuple(self.left.shape), tuple(self.right.shape)
             if {len(s) for s in shapes} != {2} or shapes[0][1] != shapes[1][0]:
                 raise ErasureError(f"the factors of {self.name} do not multiply: {shapes[0]} and {shapes[1]}")
+        if self.rows is not None:
+            object.__setattr__(self, "rows", self.rows.detach().to("cpu", torch.int64).contiguous())
+            self._check_rows(self.rows)
         if self.transposed and self.dense is not None and self.dense.ndim != 2:
             raise ErasureError(f"the delta of {self.name} is not a matrix, so it cannot be transposed")
 
+    def _check_rows(self, rows: Tensor) -> None:
+        n = 0 if self.dense is None or self.transposed or self.dense.ndim != 2 else len(self.dense)
+        fits = n > 0 and rows.shape == (n,) and len(rows.unique()) == n
+        if not fits or int(rows.min()) < 0 or int(rows.max()) >= self.height:
+            raise ErasureError(
+                f"the delta of {self.name} names {list(rows.shape)} rows of {self.height}: it needs a different one "
+                "for each row of `dense`, stored as the model stores it"
+            )
+
     @classmethod
     def from_payload(cls, spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> WeightDelta:
-        part = cls(str(spec["name"]), bool(spec["transposed"]), **tensors)
+        height = int(spec["shape"][0]) if "rows" in tensors else 0
+        part = cls(str(spec["name"]), bool(spec["transposed"]), **tensors, height=height)
         if part.spec() != dict(spec):
             raise ErasureError(f"the payload of {part.name} has other shapes than erasure.json says")
         return part
@@ -88,7 +105,7 @@ class WeightDelta:
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        named = {"left": self.left, "right": self.right, "dense": self.dense}
+        named = {"left": self.left, "right": self.right, "dense": self.dense, "rows": self.rows}
         return {n: t for n, t in named.items() if t is not None}
 
     @property
@@ -101,15 +118,19 @@ class WeightDelta:
         """The shape of the parameter as the model stores it."""
         if self.left is None or self.right is None:
             shape = tuple(self.dense.shape)  # type: ignore[union-attr]
+            shape = (self.height, *shape[1:]) if self.rows is not None else shape
         else:
             shape = (self.left.shape[0], self.right.shape[1])
         return shape[::-1] if self.transposed else shape
 
     def changed(self) -> list[dict[str, Any]]:
-        return [{"name": self.name, "count": math.prod(self.stored_shape), "rank": self.rank}]
+        count = math.prod(self.stored_shape) if self.rows is None else self.dense.numel()  # type: ignore[union-attr]
+        return [{"name": self.name, "count": count, "rank": self.rank}]
 
     def delta(self) -> Tensor:
         """ΔW, canonical [d_out, d_in], fp32."""
+        if self.rows is not None and self.dense is not None:
+            return torch.zeros(self.stored_shape).index_copy_(0, self.rows, self.dense)
         if self.left is None or self.right is None:
             return self.dense  # type: ignore[return-value]
         return self.left @ self.right

@@ -1,9 +1,9 @@
 """One run, step by step, in a directory that says everything about it. The CLI and the explorer call this.
 
 Run directory: run.json (config, status), events.jsonl, saes/ (saes-unfinished.safetensors while they train),
-selection.json, erasure/, evaluation.json, examples.json (only with text), figures/, report.{html,md,json},
-model_card.md. Every step leaves its result whole or not at all, so
-a killed run goes on where it stopped.
+selection.json, unhealed/ (the edit before healing, if there is any), erasure/, evaluation.json, examples.json (only
+with text), figures/, report.{html,md,json}, model_card.md. Every step leaves its result whole or not at all, so a
+killed run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -12,13 +12,11 @@ import contextlib
 import errno
 import hashlib
 import json
-import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .checkpoints import write_json
@@ -26,8 +24,10 @@ from .corpus import Corpus, Record, refuse_overlap
 from .errors import Cancelled, ConfigError, RunError, SAEMismatchError, SaeunlearnError, SelectionError
 from .evaluation.evaluate import combine, evaluate, is_forget, without_labels
 from .features.selection import ProbeResult, SelectConfig, Selection, check_select, check_selection, select
+from .healing import HealConfig, heal
 from .methods import Method, get_method
 from .models import LanguageModel
+from .options import settings_of
 from .progress import Progress
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ class RunConfig:
     select: Mapping[str, Any] = field(default_factory=dict)  # SelectConfig settings
     method: str = "sspu"
     settings: Mapping[str, Any] = field(default_factory=dict)  # the method's settings
+    heal: Mapping[str, Any] | None = None  # HealConfig settings; None: the edit is left as it is
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
@@ -88,38 +89,6 @@ class Run:
     @property
     def evaluation_file(self) -> Path:
         return self.root / "evaluation.json"
-
-
-def settings_of(cls: type, given: Mapping[str, Any], what: str) -> Any:
-    """An instance of the settings dataclass `cls`. Raises ConfigError naming unknown settings and wrong types."""
-    known = get_type_hints(cls)
-    unknown = sorted(set(given) - set(known))
-    if unknown:
-        raise ConfigError(f"unknown {what} settings {unknown}; known: {', '.join(known)}")
-    values = {}
-    for name, value in given.items():
-        options = get_args(known[name]) if isinstance(known[name], UnionType) else (known[name],)
-        if int in options and isinstance(value, float) and value.is_integer():
-            value = int(value)  # 50.0 is how some JSON writers say 50
-        if not any(_is_a(option, value) for option in options):
-            wanted = " or ".join(_in_words(option) for option in options)
-            raise ConfigError(f"{what} setting {name} must be {wanted}, got {value!r}")
-        values[name] = value
-    return cls(**values)
-
-
-def _is_a(kind: Any, value: Any) -> bool:
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    if kind in (int, float):
-        return isinstance(value, (int, kind)) and not isinstance(value, bool) and math.isfinite(value)
-    return isinstance(value, kind)
-
-
-def _in_words(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return " or ".join(get_args(kind))
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(kind, "empty")
 
 
 def unlearn(config: RunConfig, root: str | Path, progress: Progress, command: list[str] | None = None) -> Run:
@@ -186,6 +155,10 @@ def check(run: Run, earlier: Mapping[str, Any], method: Method, settings: Any, s
     if taken := sorted({"forget", *retain_groups(run.retain)} & run.texts.keys()):
         raise ConfigError(f"the names {taken} of evaluation texts are taken: choose others")
     method.check(run.model, settings)
+    if run.config.heal is not None:
+        settings_of(HealConfig, run.config.heal, "healing").check()
+        if method.kind != "weights":
+            raise ConfigError(f"{method.name} changes no weights, so there is nothing to heal")
     if run.config.selection:
         given = Selection.load(run.config.selection)
         made_on = {"model": given.model_fingerprint, "forget set": given.forget_fingerprint,
@@ -322,16 +295,24 @@ def choose(model: LanguageModel, saes: Mapping[int, Any], forget: Corpus, retain
 
 
 def get_erasure(run: Run, method: Method, settings: Any, selection: Selection | None, saes: Mapping[int, Any]) -> Any:
-    """The stored Erasure or a new one."""
+    """The stored Erasure or a new one, healed where that is asked for."""
     from .erasure import Erasure
 
     if (run.erasure_dir / "erasure.json").exists():
         return Erasure.load(run.erasure_dir)
-    erasure = method.unlearn(
-        run.model, run.forget, run.retain, config=settings, selection=selection, saes=saes, seed=run.config.seed,
-        progress=run.progress,
-    )  # fmt: skip
-    erasure.save(run.erasure_dir)
+    first = run.erasure_dir if run.config.heal is None else run.root / "unhealed"
+    if (first / "erasure.json").exists():
+        erasure = Erasure.load(first)
+    else:
+        erasure = method.unlearn(
+            run.model, run.forget, run.retain, config=settings, selection=selection, saes=saes, seed=run.config.seed,
+            progress=run.progress,
+        )  # fmt: skip
+        erasure.save(first)
+    if run.config.heal is not None:
+        settings = settings_of(HealConfig, run.config.heal, "healing")
+        erasure = heal(run.model, erasure, run.forget, run.retain, settings, run.config.seed, run.progress)
+        erasure.save(run.erasure_dir)
     return erasure
 
 

@@ -40,7 +40,8 @@ from saeunlearn.evaluation.metrics import cloze, multiple_choice, nll
 from saeunlearn.features.selection import SelectConfig
 from saeunlearn.methods.sspu import SSPUConfig
 from saeunlearn.models import LanguageModel
-from saeunlearn.pipeline import Run, RunConfig, evaluation_texts, prompts, settings_of, unlearn
+from saeunlearn.options import settings_of
+from saeunlearn.pipeline import Run, RunConfig, evaluation_texts, prompts, unlearn
 from saeunlearn.progress import Progress
 from saeunlearn.sandbox.build import Sandbox
 

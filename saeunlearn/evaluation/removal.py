@@ -38,7 +38,12 @@ SCHEMA = 1
 SOURCES = ("run.json", "selection.json", "erasure/erasure.json", "evaluation.json", "attacks.json", "examples.json",
            "oracle.json")  # fmt: skip
 DERIVED = ("report.json", "report.html", "report.md", "model_card.md")  # made from the sources by `write_report`
-ROOMS = ("erasure", "figures", "saes")  # folders of a run; others in its directory (a merged model, say) are the user's
+ROOMS = (
+    "erasure",
+    "figures",
+    "saes",
+    "unhealed",
+)  # folders of a run; others in its directory (a merged model, say) are the user's
 METRICS = {"multiple_choice": "multiple choice", "cloze": "cloze", "nll": "NLL (nats per token)"}
 _OPTIONAL = ("attacks.json", "examples.json", "oracle.json")
 _TEXT_KEYS = {"prompt", "prompts", "sample", "samples", "text", "question", "answer", "choices"}

@@ -45,6 +45,7 @@ RATE = Field(0.01, 0.3)
 STEPS = Field(100, 400, whole=True)
 WEIGHT = Field(0.3, 10.0)
 STRENGTH = Field(1.0, 100.0)
+ERASURE = {"lam": Field(0.03, 30.0), "eps": Field(0.0003, 0.3), "max_retain_rise": LIMIT}
 
 SPACES: dict[str, dict[str, Field]] = {
     # A gated run has a second limit, twice the first by default.
@@ -62,6 +63,8 @@ SPACES: dict[str, dict[str, Field]] = {
     "reglu": {"lr": RATE, "mix": Field(0.1, 0.9, log=False), "retain_weight": WEIGHT, "max_retain_rise": LIMIT},
     "unierase": {"clamp": Field(0.25, 3.0), "cut": Field(0.05, 1.0), "lam": Field(0.001, 1.0),
                  "max_retain_rise": LIMIT},
+    "key-erasure": ERASURE,
+    "key-erasure-sae": ERASURE,
     "clamp": {"strength": STRENGTH, "max_retain_rise": LIMIT},
     "conditional": {"strength": STRENGTH, "percentile": Field(90.0, 99.9, log=False), "max_retain_rise": LIMIT},
     "dsg": {"strength": STRENGTH, "percentile": Field(80.0, 99.5, log=False), "max_retain_rise": LIMIT},

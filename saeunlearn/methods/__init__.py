@@ -64,6 +64,8 @@ METHODS = {
     "crisp": "saeunlearn.methods.crisp:CRISP",
     "reglu": "saeunlearn.methods.reglu:ReGLU",
     "unierase": "saeunlearn.methods.unierase:UniErase",
+    "key-erasure": "saeunlearn.methods.keyerasure:KeyErasure",
+    "key-erasure-sae": "saeunlearn.methods.keyerasure:GuidedKeyErasure",
     "clamp": "saeunlearn.methods.clamp:Clamp",
     "conditional": "saeunlearn.methods.conditional:Conditional",
     "dsg": "saeunlearn.methods.dsg:DSG",

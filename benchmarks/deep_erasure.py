@@ -1,0 +1,121 @@
+"""Is it gone for good? Erasure methods on sandbox worlds against the oracle: what goes, what stays, what comes back.
+
+    python benchmarks/deep_erasure.py --worlds 31 32 33 34 35 --seeds 0 1 2 3 4 --out runs/bench/deep
+    python benchmarks/deep_erasure.py --vocabulary 400 …        # names of several tokens instead of one
+
+World and seed go in pairs. Each run trains or solves one method with its defaults (SSPU with the settings of
+`saeunlearn demo`), scores it beside the oracle and attacks both with the whole battery (`attacks.py`); finished work is
+kept. Writes table.md: multiple choice on forget questions and its difference from the oracle's, near and far as shares
+of the original (the worst of seen, held-out and untouched), the loss on retain text, the accuracy after the best
+relearning attack and the oracle's after the same, and the worst attack's recovered share. Means over runs (least
+to greatest).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from attacks import one, unlearned
+from sandbox_frontier import World
+
+from saeunlearn.checkpoints import write_json
+from saeunlearn.evaluation.evaluate import group_of
+from saeunlearn.evaluation.metrics import multiple_choice, nll
+from saeunlearn.models import LanguageModel
+from saeunlearn.progress import ConsoleProgress
+from saeunlearn.sandbox.build import build_oracle
+
+RELEARNING = ("relearn-lora", "relearn-full", "unrelated-lora", "unrelated-full")
+
+
+def accuracies(model: LanguageModel, world: World) -> dict[str, float]:
+    groups: dict[str, list[float]] = {}
+    for record, value in zip(world.questions, multiple_choice(model, world.questions).values):
+        groups.setdefault(group_of(record), []).append(value)
+    return {g: statistics.mean(v) for g, v in sorted(groups.items())}
+
+
+def measure(world: World, name: str, seed: int, out: Path) -> None:
+    """Scores of the original, the edited model and the oracle: scores-….json."""
+    file = out / f"scores-{world.seed}-{name}-{seed}.json"
+    if file.exists():
+        return
+    erasure = unlearned(world, name, seed, out / f"erasure-{world.seed}-{name}-{seed}")
+    oracle = LanguageModel.open(build_oracle(world.box, ConsoleProgress()))
+    text = world.retain.sample(2000, 0)
+    found: dict[str, Any] = {"original": accuracies(world.model, world), "oracle": accuracies(oracle, world)}
+    before = nll(world.model, text).per_token
+    with erasure.apply(world.model):
+        found |= {"edited": accuracies(world.model, world), "nll": nll(world.model, text).per_token / before - 1}
+    about = json.loads((world.box.oracle / "oracle.json").read_text())
+    write_json(file, found | {"oracle_seconds": about["seconds"], "edit": erasure.manifest["extra"],
+                              "changed": erasure.manifest["changed"]["share"]})  # fmt: skip
+
+
+def table(out: Path, methods: list[str], pairs: list[tuple[int, int]]) -> str:
+    titles = ["method", "runs", "forget seen", "forget held out", "− oracle (largest)", "near kept", "far kept",
+              "untouched kept", "retain loss +%", "relearned", "oracle relearned", "worst attack recovers"]  # fmt: skip
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+
+    def cell(values: list[float]) -> str:
+        return f"{statistics.mean(values):.2f} ({min(values):.2f}–{max(values):.2f})"
+
+    for name in methods:
+        files = [(out / f"scores-{w}-{name}-{s}.json", out / f"run-{w}-{name}-{s}.json") for w, s in pairs]
+        found = [(json.loads(a.read_text()), json.loads(b.read_text())) for a, b in files if a.exists() and b.exists()]
+        if not found:
+            continue
+        scores, runs = [f[0] for f in found], [f[1] for f in found]
+
+        def kept(start: str, end: str = "", scores: list[dict[str, Any]] = scores) -> list[float]:
+            return [min(s["edited"][g] / s["original"][g] for g in s["original"]
+                        if g.startswith(start) and g.endswith(end)) for s in scores]  # fmt: skip
+
+        def after(key: str, runs: list[dict[str, Any]] = runs) -> list[float]:
+            return [max(a["best"][key] for a in r["attacks"] if a["name"] in RELEARNING) for r in runs]
+
+        forget = [g for g in scores[0]["edited"] if g.startswith("forget")]
+        gaps = [max((s["edited"][g] - s["oracle"][g] for g in forget), key=abs) for s in scores]
+        untouched = [min(x) for x in zip(kept("near", "untouched"), kept("far", "untouched"))]
+        cells = [
+            name, str(len(found)), *(cell([s["edited"][f"forget/{p}"] for s in scores]) for p in ("seen", "held_out")),
+            cell(gaps), cell(kept("near")), cell(kept("far")), cell(untouched),
+            cell([100 * s["nll"] for s in scores]), cell(after("accuracy")), cell(after("oracle_accuracy")),
+            cell([r["headline"]["recovered"] for r in runs]),
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--worlds", type=int, nargs="+", default=[31, 32, 33, 34, 35])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--methods", nargs="+", default=["key-erasure"])
+    parser.add_argument("--vocabulary", type=int, help="of the worlds' tokenizer: a small one splits names into pieces")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--threads", type=int)
+    args = parser.parse_args()
+    if len(args.worlds) != len(args.seeds):
+        parser.error("give as many seeds as worlds")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    out = args.out or Path("runs/bench/deep" + (f"-{args.vocabulary}" if args.vocabulary else ""))
+    out.mkdir(parents=True, exist_ok=True)
+    pairs = list(zip(args.worlds, args.seeds))
+    for w, seed in pairs:
+        world = World(w, out, args.vocabulary)
+        for name in args.methods:
+            measure(world, name, seed, out)
+            one(world, name, seed, out, "quick")
+            (out / "table.md").write_text(table(out, args.methods, pairs) + "\n")
+    print(table(out, args.methods, pairs))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""Healing: after an edit, bring what was to be kept back to the original's answers, and nothing of the rest.
+
+The edited model is trained towards the original one, KL(original ‖ edited) over the whole vocabulary at every position,
+on sentences that the original writes itself (they tell what no record at hand says), or on the retain records. Two
+things keep the way back closed. What the edit erased stays erased: each change of a matrix is kept orthogonal, on its
+input side, to the right singular vectors that hold `ERASED` of the energy of its ΔW, and rows of the embedding that the
+edit moved far stay where they are. And the loss on forget text is watched: of the healing only as large a share is
+taken as leaves the edit that much of its effect there.
+
+Sentences of the original that look like forget text are left out: those with more word pairs that occur in the forget
+set and not in the retain set than nearly all retain records (SEEN_SHARE of them) have.
+
+Compute: one forward pass of the original and a forward and a backward pass of the edited model a step, and the
+sampling, a forward pass a token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from .corpus import Batch, Corpus, endless, windows
+from .erasure import Erasure, WeightDelta
+from .errors import ConfigError, NonFiniteError
+from .losses import mean_loss
+from .methods.budget import some
+from .models import LanguageModel
+from .parts import base_parameters
+from .progress import Progress
+from .stored import parameter_key
+from .training import one_cycle
+
+ERASED = 0.9  # of the energy of a ΔW: the input directions that healing must not write to
+MOVED = 0.5  # rows that the edit changed by more than this share of their length stay as they are
+SEEN_SHARE = 0.95
+SAMPLES_AT_ONCE = 128
+
+
+@dataclass(frozen=True)
+class HealConfig:
+    """Settings of `heal`. There is no paper to compare with."""
+
+    steps: int = 300  # optimiser steps
+    lr: float = 1e-3  # peak learning rate of AdamW, one-cycle
+    batch: int = 32  # windows in a step
+    samples: int = 3000  # sentences that the original writes, to train on; 0: train on the retain records
+    tokens: int = 32  # the most in one of them
+    max_length: int = 256  # tokens in a window of a record
+    max_return: float = 0.1  # share of the edit's effect on the forget loss that may be lost
+
+    def check(self) -> None:
+        """Raises ConfigError naming the setting that is out of range."""
+        for name, least in (("steps", 1), ("batch", 1), ("samples", 0), ("tokens", 2), ("max_length", 2)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"healing: {name} = {getattr(self, name)}; use at least {least}")
+        if not self.lr > 0 or not math.isfinite(self.lr):
+            raise ConfigError(f"healing: lr = {self.lr} must be positive and finite")
+        if not 0 < self.max_return < 1:
+            raise ConfigError(f"healing: max_return = {self.max_return} must lie between 0 and 1")
+
+
+def heal(
+    model: LanguageModel, erasure: Erasure, forget: Corpus, retain: Corpus, config: HealConfig, seed: int,
+    progress: Progress,
+) -> Erasure:  # fmt: skip
+    """An Erasure in place of the given one: the same edit, healed. `model` is the original and stays as it is.
+
+    The manifest is that of `erasure` with config["heal"] and extra["heal"]: the forget loss of the original, edited and
+    healed model, the scale of the healing that the guard allows, and the KL by step. Raises ConfigError where the
+    Erasure has parts that are no change of weights, NonFiniteError, Cancelled.
+    """
+    config.check()
+    if other := sorted({p.kind for p in erasure.parts} - {WeightDelta.kind}):
+        raise ConfigError(f"only changes of weights can be healed; {erasure.manifest['method']} has {', '.join(other)}")
+    text = own_sentences(model, forget, retain, config, seed, progress) if config.samples else retain
+    rows = endless(windows(text, model, config.max_length), model.pad_id, config.batch, seed)
+    student = model.copy()
+    student.model.float()
+    erasure.apply(student)
+    watched = some(windows(forget, model, config.max_length), seed)
+    before, edited = mean_loss(model, watched), mean_loss(student, watched)
+    start = {k: p.detach().clone() for k, p in base_parameters(student).items()}
+    held = {k: held_by(p, start[k]) for p in erasure.parts if isinstance(p, WeightDelta)
+            and (k := parameter_key(p.name))}  # fmt: skip
+    losses = _train(model, student, rows, start, held, config, progress)
+    now = {k: p.detach().clone() for k, p in base_parameters(student).items()}
+
+    def at(scale: float) -> float:
+        """The forget loss with that share of the healing."""
+        with torch.no_grad():
+            for k, p in base_parameters(student).items():
+                p.copy_(start[k] + scale * (now[k] - start[k]))
+        return mean_loss(student, watched)
+
+    floor = edited - config.max_return * max(0.0, edited - before)
+    scale, low, high = 1.0, 0.0, 1.0
+    if at(1.0) < floor:
+        for _ in range(7):
+            middle = (low + high) / 2
+            low, high = (middle, high) if at(middle) >= floor else (low, middle)
+        scale = low
+    healed = at(scale)
+    parts = [WeightDelta(name, False, dense=p.detach() - old.detach().to(p))
+             for (name, old), p in zip(model._base.named_parameters(), student._base.parameters())
+             if not torch.equal(p, old.to(p))]  # fmt: skip
+    manifest = erasure.manifest
+    said = {"forget_loss": {"original": before, "edited": edited, "healed": healed}, "scale": scale, "kl": losses}
+    return Erasure.create(
+        model, parts, method=manifest["method"], config={**manifest["config"], "heal": asdict(config)},
+        seed=manifest["seed"], forget_fingerprint=manifest["forget_fingerprint"],
+        retain_fingerprint=manifest["retain_fingerprint"], selection=manifest["selection"], saes=manifest["saes"],
+        losses=manifest["losses"], extra={**manifest["extra"], "heal": said},
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def own_sentences(
+    model: LanguageModel, forget: Corpus, retain: Corpus, config: HealConfig, seed: int, progress: Progress
+) -> Corpus:
+    """Sentences that the model writes after its first token, sampled at temperature 1, without what looks like forget
+    text. Where the tokenizer begins with no token of its own, they begin as retain records do.
+
+    Raises ConfigError where hardly any (one in twenty) may be kept.
+    """
+    tokenizer, kept = model.tokenizer, list[str]()
+    limit, forget_only = _telling(model, forget, retain, config.max_length)
+    firsts = [w.ids[0] for w in windows(retain, model, config.max_length)]
+    start = model.model.generation_config.eos_token_id
+    tried = done = 0
+    progress.start("sentences of the original", config.samples)
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        while len(kept) < config.samples:
+            if tried >= 20 * (len(kept) + SAMPLES_AT_ONCE):
+                raise ConfigError(
+                    f"{tried - len(kept)} of {tried} sentences that {model.name} wrote look like forget text: heal on "
+                    "retain records alone (samples=0)"
+                )
+            at = torch.randint(len(firsts), (SAMPLES_AT_ONCE,))
+            ids = torch.tensor([[firsts[int(i)]] for i in at], device=model.device)
+            out = model.model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_k=0,
+                max_new_tokens=config.tokens, eos_token_id=start, pad_token_id=model.pad_id,
+            )  # fmt: skip
+            for row in out.tolist():
+                tried += 1
+                text = tokenizer.decode(row, skip_special_tokens=True)
+                pairs = list(pairwise(row))
+                if text.strip() and sum(p in forget_only for p in pairs) <= limit * len(pairs):
+                    kept.append(text)
+            progress.step(max(0, min(len(kept), config.samples) - done))
+            done = min(len(kept), config.samples)
+    progress.finish()
+    return Corpus.of(kept[: config.samples], "the original's own sentences")
+
+
+def _telling(model: LanguageModel, forget: Corpus, retain: Corpus, length: int) -> tuple[float, set[tuple[int, int]]]:
+    """(the share of such pairs that SEEN_SHARE of held-out retain records have at most, token pairs of forget text that
+    the other retain records do not have)."""
+    used, held = retain.split(0.2, 0)
+    known = {p for w in windows(used, model, length) for p in pairwise(w.ids)}
+    pairs = {p for w in windows(forget, model, length) for p in pairwise(w.ids)} - known
+    shares = [sum(p in pairs for p in pairwise(w.ids)) / max(1, len(w.ids) - 1)
+              for w in windows(held, model, length)]  # fmt: skip
+    return float(torch.tensor(shares).quantile(SEEN_SHARE)), pairs
+
+
+@dataclass(frozen=True)
+class Held:
+    """What healing must not change of a parameter that the edit changed: rows as stored, and, of its canonical form
+    [d_out, d_in], what it does to the input directions [d_in, r]."""
+
+    rows: Tensor | None
+    directions: Tensor | None
+    transposed: bool
+
+    def restore(self, p: Tensor, start: Tensor) -> None:
+        """Take from `p`, in place, what it changed of `start` against this."""
+        if self.rows is not None:
+            p[self.rows] = start[self.rows]
+        if self.directions is not None:
+            change = (p - start).T if self.transposed else p - start
+            forbidden = change @ self.directions @ self.directions.T
+            p.sub_(forbidden.T if self.transposed else forbidden)
+
+
+def held_by(part: WeightDelta, weight: Tensor) -> Held:
+    """By the edit of `weight`, the edited parameter as stored."""
+    if part.rows is not None and part.dense is not None:
+        rows, change = part.rows.to(weight.device), part.dense.to(weight)
+        far = change.norm(dim=1) > MOVED * (weight[rows] - change).norm(dim=1)
+        return Held(rows[far], None, False)
+    delta = part.delta().to(weight.device)
+    if delta.ndim != 2 or not delta.any():
+        return Held(None, None, False)
+    _, sizes, right = torch.linalg.svd(delta, full_matrices=False)
+    energy = sizes.pow(2).cumsum(0)
+    r = int((energy < ERASED * energy[-1]).sum()) + 1
+    return Held(None, right[:r].T.contiguous(), part.transposed)
+
+
+def _train(
+    teacher: LanguageModel, student: LanguageModel, rows: Iterator[Batch], start: dict[str, Tensor],
+    held: dict[str, Held], config: HealConfig, progress: Progress,
+) -> list[float]:  # fmt: skip
+    """Train `student` in place; the KL of each step in nats a token."""
+    parameters = base_parameters(student)
+    for p in parameters.values():
+        p.requires_grad_(True)
+    optimiser = torch.optim.AdamW(list(parameters.values()), lr=config.lr, betas=(0.9, 0.98), weight_decay=0.0)
+    losses: list[float] = []
+    progress.start("healing", config.steps)
+    for step in range(config.steps):
+        for group in optimiser.param_groups:
+            group["lr"] = config.lr * one_cycle(step, config.steps, 0.1)
+        optimiser.zero_grad(set_to_none=True)
+        b = next(rows).to(student.device)
+        given = {"input_ids": b.ids, "attention_mask": b.attention_mask, "use_cache": False}
+        there = b.attention_mask.bool()
+        with torch.no_grad():
+            wanted = teacher.model(**given).logits[there].float().log_softmax(-1)
+        logits = student.model(**given).logits[there].float().log_softmax(-1)
+        kl = nn.functional.kl_div(logits, wanted, log_target=True, reduction="batchmean")
+        kl.backward()
+        loss = kl.item()
+        if not math.isfinite(loss):
+            raise NonFiniteError(f"healing: the loss is {loss} at step {step}; lower lr")
+        nn.utils.clip_grad_norm_(list(parameters.values()), 1.0)
+        optimiser.step()
+        with torch.no_grad():
+            for key, part in held.items():
+                part.restore(parameters[key], start[key])
+        losses.append(loss)
+        progress.step(kl=loss)
+    progress.finish(kl=losses[-1])
+    for p in parameters.values():
+        p.requires_grad_(False)
+    return losses
