@@ -70,7 +70,7 @@ def test_it_comes_nearer_to_the_original_and_writes_to_no_erased_direction(lm: L
 
 
 def test_rows_that_the_edit_moved_far_stay(lm: LanguageModel) -> None:
-    config = KeyErasureConfig(matrices="embed", lam=0.4, max_length=32, max_retain_rise=1e6)
+    config = KeyErasureConfig(matrices="embed", token_lam=0.4, max_length=32, max_retain_rise=1e6)
     edit = get_method("key-erasure").unlearn(
         lm, FORGET, RETAIN, config=config, selection=None, saes={}, seed=0, progress=Progress()
     )

@@ -223,6 +223,7 @@ def test_spectrum_by_hand() -> None:
     ("change", "message"),
     [
         ({"lam": 0.0}, "lam must be positive"),
+        ({"token_lam": 0.0}, "token_lam must be positive"),
         ({"eps": 0.0}, "eps must be positive"),
         ({"eps": float("nan")}, "eps must be positive"),
         ({"max_retain_rise": float("inf")}, "max_retain_rise must be positive and finite"),
@@ -287,13 +288,13 @@ def rows_by_hand(lm: LanguageModel, config: KeyErasureConfig, token_weights: lis
     out = e.clone()
     for t in set(gone):
         n_r = kept.count(t) / len(kept)
-        n_f = config.lam * sum(v for i, v in zip(gone, weigh) if i == t) / sum(weigh)
+        n_f = config.token_lam * sum(v for i, v in zip(gone, weigh) if i == t) / sum(weigh)
         left = torch.tensor([[n_r**0.5], [n_f**0.5]]).double()
         out[t] = torch.linalg.lstsq(left, torch.stack([n_r**0.5 * e[t], n_f**0.5 * mean])).solution[0]
     return out
 
 
-TOKENS = replace(CONFIG, matrices="embed", lam=0.4)
+TOKENS = replace(CONFIG, matrices="embed", token_lam=0.4)
 
 
 def test_rows_of_the_embedding_by_hand(lm: LanguageModel) -> None:
@@ -325,7 +326,7 @@ def test_a_token_of_forget_text_alone_is_any_token(lm: LanguageModel) -> None:
 
 
 def test_blocks_are_solved_on_what_the_new_rows_give(lm: LanguageModel) -> None:
-    both = replace(CONFIG, matrices="embed,down", first=1, last=1)
+    both = replace(CONFIG, matrices="embed,down", first=1, last=1, token_lam=0.4)
     rows = rows_by_hand(lm, both)
     erasure = erase(lm, both)
     edited = lm.copy()

@@ -45,7 +45,12 @@ RATE = Field(0.01, 0.3)
 STEPS = Field(100, 400, whole=True)
 WEIGHT = Field(0.3, 10.0)
 STRENGTH = Field(1.0, 100.0)
-ERASURE = {"lam": Field(0.03, 30.0), "eps": Field(0.0003, 0.3), "max_retain_rise": LIMIT}
+ERASURE = {
+    "lam": Field(0.003, 3.0),
+    "token_lam": Field(0.003, 0.3),
+    "eps": Field(0.0003, 0.3),
+    "max_retain_rise": LIMIT,
+}
 
 SPACES: dict[str, dict[str, Field]] = {
     # A gated run has a second limit, twice the first by default.

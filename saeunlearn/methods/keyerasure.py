@@ -68,6 +68,7 @@ class KeyErasureConfig:
     first: int = 0  # first edited block
     last: int | None = None  # last edited block; None: the model's last
     lam: float = 0.03  # λ: weight of forget positions against retain positions, means over each
+    token_lam: float = 0.03  # λ of the embedding: at 1 a token as frequent in both texts loses half of its row
     eps: float = 0.01  # ε: pull towards the old matrix, relative to the mean eigenvalue of its inputs on retain text
     max_length: int = 256  # tokens in a window
     max_retain_rise: float = 0.02  # relative rise of the loss on held-out retain records that the result keeps to
@@ -104,7 +105,7 @@ class KeyErasure:
         budget = Budget(model)
         budget.watch("retain", some(held_items, seed), config.max_retain_rise)
         kinds = config.matrices.split(",")
-        tokens = erase_tokens(model, f_items, weights, r_items, config.lam) if EMBED in kinds else None
+        tokens = erase_tokens(model, f_items, weights, r_items, config.token_lam) if EMBED in kinds else None
         deltas, edits = erase_keys(model, f_items, weights, r_items, config, tokens, progress)
         if tokens is not None:
             edits[tokens.name] = {"rows": len(tokens.rows), "size": tokens.size}
@@ -156,7 +157,7 @@ class GuidedKeyErasure(KeyErasure):
 
 def check_config(model: LanguageModel, config: KeyErasureConfig) -> None:
     """Raises ConfigError naming the setting that is out of range."""
-    for name in ("lam", "eps", "max_length", "max_retain_rise"):
+    for name in ("lam", "token_lam", "eps", "max_length", "max_retain_rise"):
         value = getattr(config, name)
         if not value > 0 or not math.isfinite(value):
             raise ConfigError(f"{name} must be positive and finite, not {value}")
