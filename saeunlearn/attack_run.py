@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +11,9 @@ from .erasure import Erasure
 from .errors import RunError
 from .evaluation.attacks.battery import SCHEMA, attack, known_attacks
 from .models import LanguageModel
-from .pipeline import RunConfig, inputs, open_run, write_report
+from .pipeline import write_report
 from .progress import Progress
+from .reopen import read_object, reopen
 
 FILE = "attacks.json"
 
@@ -38,20 +37,11 @@ def attack_run(
     """
     root = Path(root)
     known_attacks(names)
-    info = _read(root / "run.json", "not a run directory")
-    if info.get("status") != "done":
-        raise RunError(
-            f"{root} is not a finished run (status: {info.get('status')}): finish `saeunlearn unlearn` first"
-        )
-    config = RunConfig(**info["config"])
-    config = dataclasses.replace(config, device=device or config.device, dtype=dtype or config.dtype)
-    run = open_run(config, root, progress)
-    if any(info.get(name) != value for name, value in inputs(run).items()):
-        raise RunError(f"the data or the model changed since the run in {root}: make the run again")
+    run, _ = reopen(root, progress, device=device, dtype=dtype)
     erasure = Erasure.load(run.erasure_dir)
-    retrained = LanguageModel.open(oracle, device=config.device, dtype=config.dtype) if oracle else None
+    retrained = LanguageModel.open(oracle, device=run.config.device, dtype=run.config.dtype) if oracle else None
     file = root / FILE
-    earlier = _read(file, "damaged") if file.exists() else None
+    earlier = read_object(file, "damaged") if file.exists() else None
     if earlier is not None:
         now = {"schema": SCHEMA, "erasure_id": erasure.id, "seed": seed, "budget": budget,
                "oracle": retrained and {"name": retrained.name, "fingerprint": retrained.fingerprint()}}  # fmt: skip
@@ -63,13 +53,3 @@ def attack_run(
     )  # fmt: skip
     write_report(run)
     return document
-
-
-def _read(file: Path, what: str) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise RunError(f"{file.parent} is not usable: {file.name} is missing or damaged ({what})") from e
-    if not isinstance(content, dict):
-        raise RunError(f"{file} is not an object ({what})")
-    return content

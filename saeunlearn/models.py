@@ -27,6 +27,7 @@ _WRITERS = {
     "mlp": ("mlp.down_proj", "mlp.c_proj", "mlp.dense_4h_to_h"),
     "attn": ("self_attn.o_proj", "attn.c_proj", "attention.dense"),
 }
+_FINAL_NORMS = ("norm", "ln_f", "final_layer_norm")
 # Gemma-2 puts an RMSNorm between the matrix and the stream: matrix + norm together are the writer.
 _POST_NORMS = {"mlp": "post_feedforward_layernorm", "attn": "post_attention_layernorm"}
 
@@ -260,6 +261,40 @@ class LanguageModel:
         finally:
             for h in handles:
                 h.remove()
+
+    # --- from the stream to the vocabulary -------------------------------------------------------------
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """The norm between the last block and the output matrix. Raises ModelError where the layout has none."""
+        backbone = find_blocks(self._base)[0]
+        found = next((m for name in _FINAL_NORMS if (m := getattr(backbone, name, None)) is not None), None)
+        if found is None:
+            raise ModelError(f"{self.name} has no known norm before its output matrix")
+        return found
+
+    def unembed(self, h: Tensor) -> Tensor:
+        """The logit lens: next-token logits [..., d_vocab] in float32 of a stream h [..., d_model] of any layer."""
+        logits = self._base.get_output_embeddings()(self.final_norm(h.to(self.dtype))).float()
+        cap = getattr(self._base.config.get_text_config(), "final_logit_softcapping", None)
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    @torch.no_grad()
+    def direction_logits(self, rows: Tensor, tokens: Sequence[int] | None = None) -> Tensor:
+        """What directions [n, d_model] of the last stream add to the logits (of `tokens`, else of all), [n, token] in
+        float32, up to the norm's division by the stream's size: the rows, centred where the norm centres, times its
+        gain and the output matrix.
+        """
+        norm, head = self.final_norm, self._base.get_output_embeddings().weight
+        head = head if tokens is None else head[list(tokens)]
+        rows = rows.to(head.device, torch.float32)
+        if isinstance(norm, nn.LayerNorm):
+            rows = rows - rows.mean(-1, keepdim=True)
+        # Some layouts store the gain as it is, others its distance from 1: ask the norm itself.
+        signs = torch.ones(self.d_model, device=head.device, dtype=self.dtype)
+        signs[1::2] = -1
+        gain = (norm(1024 * signs) - norm(-1024 * signs)).float() / 2 * signs.float()
+        return ((rows * gain).to(head.dtype) @ head.T).float()
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[str], max_new_tokens: int = 40, **kwargs: Any) -> list[str]:

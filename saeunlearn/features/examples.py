@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
+
+import torch
 
 from ..corpus import Corpus, batches, windows
 from ..models import LanguageModel
 from ..progress import Progress
 from .scores import batch_stats, check_sae
+from .topk import Best, hits
 
 SCHEMA = 1
 BEFORE, AFTER = 10, 4  # tokens of context around the one that a feature is active on
@@ -24,28 +27,22 @@ def top_examples(
     """
     check_sae(sae, layer, model)
     items = windows(corpus, model)
-    best: dict[int, dict[int, tuple[float, tuple[int, ...], int]]] = {i: {} for i in features}  # by record
-    for batch in progress.over(list(batches(items, model.pad_id)), "top examples"):
-        places = batch.mask.nonzero().tolist()
+    records = torch.tensor([w.record for w in items])
+    best = Best(n, len(features), 0, 0, distinct=True, device=model.device)
+    numbered = [replace(w, record=i) for i, w in enumerate(items)]
+    for batch in progress.over(list(batches(numbered, model.pad_id)), "top examples"):
         for _, z, _ in batch_stats(model, {layer: sae}, batch.to(model.device)):
-            for feature in features:
-                values, found, seen = z[:, feature], best[feature], set[int]()
-                for i in values.argsort(descending=True, stable=True).tolist():
-                    (row, position), value = places[i], float(values[i])
-                    record = batch.records[row]
-                    if value <= 0 or len(seen) == n:
-                        break
-                    if record not in seen and (record not in found or found[record][0] < value):
-                        ids = tuple(batch.ids[row][batch.attention_mask[row].bool()].tolist())
-                        found[record] = (value, ids, position)
-                    seen.add(record)
-                kept = heapq.nlargest(n, found, key=lambda r: (found[r][0], -r))
-                best[feature] = {r: found[r] for r in kept}
+            found = hits(z[:, list(features)], batch, records)
+            best.update(found, found.value)
 
-    def example(record: int, value: float, ids: tuple[int, ...], at: int) -> dict[str, Any]:
+    def example(value: float, record: int, window: int, at: int) -> dict[str, Any]:
+        ids = items[window].ids
         text = model.tokenizer.decode(ids[max(0, at - BEFORE) : at + AFTER + 1], skip_special_tokens=True)
         token = model.tokenizer.decode(ids[at : at + 1])
         return {"id": corpus.records[record].id[:16], "activation": value, "token": token, "context": text}
 
-    rows = {str(i): [example(r, *found) for r, found in best[i].items()] for i in features}
+    rows = {
+        str(feature): [example(v, *place) for v, place in zip(values, places) if place[0] >= 0]
+        for feature, values, places in zip(features, best.value.T.tolist(), best.place.permute(2, 1, 0).tolist())
+    }
     return {"schema": SCHEMA, "layer": layer, "features": rows}

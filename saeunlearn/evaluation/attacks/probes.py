@@ -21,21 +21,14 @@ RIDGES = (0.01, 0.1, 1.0)  # relative to the mean variance of a dimension
 
 
 class Lens(LanguageModel):
-    """A view of a model whose blocks above `layer` are skipped: its own final norm and output matrix read h_layer."""
+    """A view of a model without the blocks above `layer`: its own final norm and output matrix read h_layer."""
 
     def __init__(self, model: LanguageModel, layer: int) -> None:
         self.__dict__.update(model.__dict__)
         self.layer = layer
 
     def logits(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        held: list[Tensor] = []
-
-        def keep(h: Tensor) -> Tensor:
-            held.append(h)
-            return h
-
-        with self.patch({self.layer: keep, self.n_layers - 1: lambda _h: held[0]}):
-            return super().logits(ids, attention_mask)
+        return self.unembed(self.capture(ids, [self.layer], attention_mask)[self.layer])
 
 
 def lens(case: Case, victim: Victim) -> list[Try]:
