@@ -61,7 +61,9 @@ def frontier(documents: Mapping[str, Mapping[str, Any]]) -> Markup:
             if is_number(low) and is_number(high):
                 parts.append(_whisker(axis, low, high, at, x, y, kind))
         said = f"{p['name']}: retain {score(p['x'][0], of_retain)}, forget {score(p['y'][0], of_forget)}"
-        parts.append(Markup('<g class="{}"><title>{}</title>{}</g>').format(kind, said, Markup(SHAPES[i % 4]).format(**at)))
+        parts.append(
+            Markup('<g class="{}"><title>{}</title>{}</g>').format(kind, said, Markup(SHAPES[i % 4]).format(**at))
+        )
     rows = [(Markup('<svg class="key" viewBox="-9 -9 18 18"><g class="series s{}">{}</g></svg> {}').format(
         i % 6, Markup(SHAPES[i % 4]).format(x=0, y=0), p["name"]), _told(p["x"], of_retain), _told(p["y"], of_forget))
         for i, p in enumerate(found)]  # fmt: skip
@@ -93,7 +95,9 @@ def _whisker(axis: str, low: float, high: float, at: Mapping[str, float], x: tup
              y: tuple[float, float], kind: str) -> Markup:  # fmt: skip
     if axis == "x":
         ends = [_along(v, x, LEFT, WIDTH - 14) for v in (low, high)]
-        return Markup('<line class="{}" x1="{:.1f}" x2="{:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>').format(kind, *ends, y=at["y"])
+        return Markup('<line class="{}" x1="{:.1f}" x2="{:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>').format(
+            kind, *ends, y=at["y"]
+        )
     ends = [_along(v, y, HEIGHT - BELOW, 12) for v in (low, high)]
     return Markup('<line class="{}" x1="{x:.1f}" x2="{x:.1f}" y1="{:.1f}" y2="{:.1f}"/>').format(kind, *ends, x=at["x"])
 
@@ -105,14 +109,23 @@ def _axes(x: tuple[float, float], y: tuple[float, float], of_retain: str, of_for
         if y[0] != -0.02:
             there[1] = y[0] + (y[1] - y[0]) * share
         px, py = _along(there[0], x, LEFT, WIDTH - 14), _along(there[1], y, HEIGHT - BELOW, 12)
-        parts.append(Markup('<line class="grid" x1="{0:.1f}" x2="{0:.1f}" y1="12" y2="{1}"/>').format(px, HEIGHT - BELOW))
-        parts.append(Markup('<line class="grid" x1="{0}" x2="{1}" y1="{2:.1f}" y2="{2:.1f}"/>').format(LEFT, WIDTH - 14, py))
+        parts.append(
+            Markup('<line class="grid" x1="{0:.1f}" x2="{0:.1f}" y1="12" y2="{1}"/>').format(px, HEIGHT - BELOW)
+        )
+        parts.append(
+            Markup('<line class="grid" x1="{0}" x2="{1}" y1="{2:.1f}" y2="{2:.1f}"/>').format(LEFT, WIDTH - 14, py)
+        )
         parts.append(Markup('<text x="{:.1f}" y="{}">{}</text>').format(px, HEIGHT - BELOW + 13, number(there[0], 2)))
-        parts.append(Markup('<text class="end" x="{}" y="{:.1f}">{}</text>').format(LEFT - 5, py + 3, number(there[1], 2)))
+        parts.append(
+            Markup('<text class="end" x="{}" y="{:.1f}">{}</text>').format(LEFT - 5, py + 3, number(there[1], 2))
+        )
     parts.append(Markup('<text x="{:.0f}" y="{}">retain, {} ({} is better)</text>').format(
         (LEFT + WIDTH) / 2, HEIGHT - 4, of_retain, "left" if _is_loss(of_retain) else "right"))  # fmt: skip
-    parts.append(Markup('<text transform="translate(10 {:.0f}) rotate(-90)">forget, {}</text>').format(
-        (HEIGHT - BELOW) / 2, of_forget))
+    parts.append(
+        Markup('<text transform="translate(10 {:.0f}) rotate(-90)">forget, {}</text>').format(
+            (HEIGHT - BELOW) / 2, of_forget
+        )
+    )
     return join(parts)
 
 

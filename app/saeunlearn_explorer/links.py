@@ -15,9 +15,14 @@ element.addEventListener("click", (event) => {
 """
 
 
+def panel(value: Any = "", **settings: Any) -> gr.HTML:
+    """HTML in this page's own style; takes no room while it is empty."""
+    return gr.HTML(value=str(value), apply_default_css=False, elem_classes="panel", **settings)
+
+
 def linked(**settings: Any) -> gr.HTML:
-    """HTML whose `link`s trigger `select` with {layer, feature}."""
-    return gr.HTML(js_on_load=CLICKS, **settings)
+    """A panel whose `link`s trigger `select` with {layer, feature}."""
+    return panel(js_on_load=CLICKS, **settings)
 
 
 def link(layer: int, feature: int, label: Any = None) -> Markup:

@@ -27,12 +27,12 @@ def note(message: Any, kind: str = "warn") -> Markup:
 
 
 def number(value: Any, digits: int = 3) -> str:
-    """A number for reading: a few significant digits, no exponent between .001 and 100,000; – for none."""
+    """A number for reading: a few significant digits, no exponent between .0001 and 100,000; – for none."""
     if not is_number(value):
         return "–"
     if isinstance(value, int):
         return f"{value:,}"
-    if value and not 1e-3 <= abs(value) < 1e5:
+    if value and not 0.1 <= abs(value) < 1e5:
         return f"{value:.2g}"
     return f"{value:.{digits}f}" if abs(value) < 10 else f"{value:,.1f}"
 
@@ -58,7 +58,7 @@ def table(head: Sequence[Any], rows: Iterable[Sequence[Cell]], *, right: Iterabl
 
     def line(cells: Sequence[Cell], tag: str) -> Markup:
         made = (
-            Markup('<{}{}>{}</{}>').format(Markup(tag), Markup(' class="r"' if i in columns else ""), c, Markup(tag))
+            Markup("<{}{}>{}</{}>").format(Markup(tag), Markup(' class="r"' if i in columns else ""), c, Markup(tag))
             for i, c in enumerate(cells)
         )
         return Markup("<tr>{}</tr>").format(join(made))
@@ -151,15 +151,17 @@ def bars(values: Sequence[Any], labels: Sequence[Any], title: str, marked: Any =
         if i % every == 0:
             parts.append(Markup('<text x="{:.1f}" y="{}">{}</text>').format(middle, height - 3, label))
     said = ", ".join(f"{label}: {number(v)}" for v, label in zip(values, labels))
-    drawing = Markup('<svg class="bars" viewBox="0 0 {w} {h}" style="max-width:{m}px" role="img" aria-label="{}">{}{}</svg>')
+    drawing = Markup(
+        '<svg class="bars" viewBox="0 0 {w} {h}" style="max-width:{m}px" role="img" aria-label="{}">{}</svg>'
+    )
     return Markup('<figure class="small"><figcaption>{}</figcaption>{}</figure>').format(
-        title, drawing.format(f"{title}: {said}", HATCH, join(parts), w=width, h=height, m=max(width, 260))
+        title, drawing.format(f"{title}: {said}", join(parts), w=width, h=height, m=max(width, 260))
     )
 
 
-HATCH = Markup(
-    '<defs><pattern id="hatch" width="5" height="5" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
-    '<rect width="5" height="5" class="hatch-ground"/><line x1="0" y1="0" x2="0" y2="5" class="hatch-line"/></pattern></defs>'
+HATCH = Markup(  # once on the page, where it is never hidden with a view: a pattern in a hidden drawing paints nothing
+    '<svg class="defs" aria-hidden="true"><defs><pattern id="hatch" width="5" height="5" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
+    '<rect width="5" height="5" class="hatch-ground"/><line x1="0" y1="0" x2="0" y2="5" class="hatch-line"/></pattern></defs></svg>'
 )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import threading
 import traceback
 from collections.abc import Callable
@@ -39,6 +40,7 @@ class Explorer:
         self._opened = threading.Event()
         self._ready = threading.Event()
         self._adding = threading.Lock()
+        self._started = False
 
     def alive(self) -> dict[str, Any]:
         """The content of run.json. Raises RunError when the run is gone, damaged, or another one by now."""
@@ -58,8 +60,11 @@ class Explorer:
     # --- opening in the background ---------------------------------------------------------------------
 
     def open(self) -> None:
-        """Open the model and build the index in a thread; the overview needs neither."""
-        threading.Thread(target=self._open, daemon=True, name="open-run").start()
+        """Open the model and build the index in a thread, once; the overview needs neither and comes first."""
+        with self._adding:
+            if not self._started:
+                self._started = True
+                threading.Thread(target=self._open, daemon=True, name="open-run").start()
 
     def _open(self) -> None:
         from saeunlearn.explore.erased import add_erasure
@@ -98,6 +103,7 @@ class Explorer:
     def run(self) -> Any:
         """The OpenedRun, waited for. Raises RunError for a run that is gone, and what opening it raised."""
         self.alive()
+        self.open()
         self._opened.wait()
         if self._run is None and self._error:
             raise self._error
@@ -122,16 +128,31 @@ class Explorer:
                  if read_json(f.parent.parent / "run.json").get("status") == "done"}  # fmt: skip
         return found | {f.parent.name: f.parent for f in sorted((self.root / GUARDS).glob("*/erasure.json"))}
 
-    def free_name(self, name: str) -> Path:
-        """The folder for a new Erasure of that name, below MADE or GUARDS. Raises ConfigError for a taken or odd one."""
-        import re
+    def names(self) -> list[str]:
+        """Every Erasure there is: that of the run first. The run need not be open yet."""
+        return [self.info["config"]["method"], *self._made()] if self._run is None else list(self._run.erasures)
 
+    def layers(self) -> list[int]:
+        """Those with an SAE; before the run is open, those of its selection."""
+        if self._run is not None:
+            return sorted(self._run.saes)
+        return [r["layer"] for r in read_json(self.root / "selection.json").get("layers") or []]
+
+    def layer(self) -> int | None:
+        """The one that the run chose, else the first."""
+        return read_json(self.root / "selection.json").get("layer", next(iter(self.layers()), None))
+
+    def indexed(self) -> bool:
+        return self._index is not None
+
+    def free_name(self, name: str) -> str:
+        """The name, where a new Erasure can have it. Raises ConfigError for a taken or odd one."""
         if not re.fullmatch(r"\w[\w.-]{0,59}", name):
             raise ConfigError(f"{name!r} cannot be a name: use letters, digits, - and _")
         taken = [d for d in (self.root / MADE / name, self.root / GUARDS / name) if d.exists()]
-        if taken or (self._run is not None and name in self._run.names):
+        if taken or name in ("original", *self.names()):
             raise ConfigError(f"there is an Erasure {name} already: choose another name")
-        return Path(name)
+        return name
 
     def add(self, name: str, folder: Path) -> None:
         """Take a saved Erasure in, for all visitors, and measure what it does to the features in the background.

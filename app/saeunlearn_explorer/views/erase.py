@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import re
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from saeunlearn.pipeline import RunConfig
 from saeunlearn.sandbox.build import cache_dir
 
 from ..jobs import Job
+from ..links import panel
 from ..pieces import bar, fold, join, note, number, table
 from ..state import MADE, Explorer, safely
 
@@ -50,14 +51,14 @@ def build(app: Explorer, demo: gr.Blocks) -> gr.State:
         with gr.Column():
             settings = gr.Textbox(label="Other settings of the method, NAME=VALUE a line", lines=6, max_lines=12,
                                   value=_lines(own["settings"]), elem_id="erase-settings")  # fmt: skip
-            known = gr.HTML(str(_known(own["method"])))
+            known = panel(_known(own["method"]))
         with gr.Column():
             name = gr.Textbox(label="Name of the new Erasure", placeholder="method and a number", elem_id="erase-name")
             keep = gr.Checkbox(label="Keep samples of the text in the new run directory and its report", value=False)
             with gr.Row():
                 start = gr.Button("Erase", variant="primary", elem_id="erase-start")
                 stop = gr.Button("Cancel", interactive=False, elem_id="erase-cancel")
-            message, status = gr.HTML(), gr.HTML(elem_id="erase-status")
+            message, status = panel(), panel(elem_id="erase-status")
 
     def choose(name: str) -> tuple[str, str]:
         return _lines(own["settings"]) if name == own["method"] else "", str(_known(name))
@@ -65,12 +66,8 @@ def build(app: Explorer, demo: gr.Blocks) -> gr.State:
     def begin(forget: Any, retain: Any, questions: Any, method: str, layer: str, k: str, rise: str, seed: float,
               lines: str, name: str, keep: bool) -> tuple[Any, ...]:  # fmt: skip
         config = configured(app, [forget, retain, questions], method, layer, k, rise, seed, lines, keep)
-        name = name.strip() or _free_name(app, method)
-        if not re.fullmatch(r"[\w.-]{1,60}", name) or name.startswith("."):
-            raise ConfigError(f"{name!r} cannot be a name: use letters, digits, - and _")
-        if (app.root / MADE / name).exists():
-            raise ConfigError(f"there is an Erasure {name} already: choose another name")
-        job = app.jobs.start(config, app.root / MADE / name, name, lambda job: app.add_run(job.name, job.root))
+        name = app.free_name(name.strip() or _free_name(app, method))
+        job = app.jobs.start(config, app.root / MADE / name, name, lambda job: app.add(job.name, job.root / "erasure"))
         return job.id, gr.Timer(active=True), str(shown(job)), gr.Button(interactive=True)
 
     def look(ticket: str) -> tuple[Any, ...]:
@@ -167,8 +164,6 @@ def _lines(settings: dict[str, Any]) -> str:
 
 
 def _as_json(value: Any) -> str:
-    import json
-
     return value if isinstance(value, str) else json.dumps(value)
 
 

@@ -2,33 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 from markupsafe import Markup
 
-from ..links import link, linked
+from ..links import link, linked, panel
 from ..pieces import chip, histogram, join, note, number, percent, table, tokens
 from ..state import Explorer, safely, whole
 
 
-def build(app: Explorer, layer: gr.Dropdown) -> tuple[gr.Number, gr.HTML, list[gr.HTML], Any]:
-    """The view's components: (number field, message, [content], the function that fills them)."""
-    with gr.Row():
+@dataclass(frozen=True)
+class View:
+    """What the page connects with other views; `render(layer, feature)` gives the content."""
+
+    field: gr.Number
+    steer: gr.Button
+    message: gr.HTML
+    content: gr.HTML
+    render: Callable[[Any, Any], str]
+
+
+def build(app: Explorer, layer: gr.Dropdown) -> View:
+    """The view's components."""
+    with gr.Row(elem_classes="bottom"):
         field = gr.Number(label="Feature", precision=0, minimum=0, elem_id="feature-number", min_width=120)
         show = gr.Button("Show", elem_id="feature-show", min_width=100)
-    message = gr.HTML()
-    content = linked(elem_id="feature", value=str(note("Choose a feature: in Layers, or by its number above.", "info")))
+        steer = gr.Button("Steer this feature", elem_id="feature-steer", min_width=140)
+    message = panel()
+    content = linked(elem_id="feature", value=note("Choose a feature: in Layers, or by its number above.", "info"))
 
-    def fill(layer: Any, feature: Any) -> str:
+    def render(layer: Any, feature: Any) -> str:
         from saeunlearn.explore.feature import feature_view
 
         at, which = whole(layer, "the layer"), whole(feature, "the feature")
         return str(rendered(feature_view(app.run(), app.index(), at, which)))
 
-    wrapped = safely(fill, 1)
-    gr.on([show.click, field.submit], wrapped, [layer, field], [message, content], api_name="feature")
-    return field, message, [content], wrapped
+    gr.on([show.click, field.submit], safely(render, 1), [layer, field], [message, content], api_name="feature")
+    return View(field, steer, message, content, render)
 
 
 def rendered(view: dict[str, Any]) -> Markup:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from markupsafe import Markup
 
-from ..links import link, linked
+from ..links import link, linked, panel
 from ..pieces import chip, join, note, number, percent, table
 from ..state import Explorer, safely, whole
 from .overview import layers as layer_bars
@@ -24,17 +23,19 @@ it has the same features as buttons"></canvas><div class="tip" hidden></div></di
 """
 
 
-def build(app: Explorer, demo: gr.Blocks, layer: gr.Dropdown, chosen: gr.State) -> tuple[list[gr.HTML], Callable[..., Any]]:
-    """The view's components. Returns those that open a feature, and what fills the view: (function, outputs)."""
-    message = gr.HTML()
+def build(
+    app: Explorer, layer: gr.Dropdown, chosen: gr.State
+) -> tuple[list[gr.HTML], tuple[Any, list[Any], list[Any]]]:
+    """The view's components: (those that open a feature, what fills the view with its inputs and outputs)."""
+    message = panel()
     with gr.Row(equal_height=False):
         with gr.Column(scale=3, min_width=320):
             drawing = gr.HTML(value={}, html_template=DRAWING, js_on_load=SCRIPT, apply_default_css=False,
-                              elem_id="scatter")  # fmt: skip
+                              elem_id="scatter", elem_classes="panel")  # fmt: skip
         with gr.Column(scale=2, min_width=300):
             query = gr.Textbox(label="Search: a feature's number, or a token", elem_id="search", submit_btn=True)
             listed = linked(elem_id="features")
-    about = gr.HTML(elem_id="layers")
+    about = panel(elem_id="layers")
 
     def fill(layer: Any, chosen: dict[str, Any]) -> tuple[Any, ...]:
         from saeunlearn.explore.feature import layer_view
@@ -58,8 +59,7 @@ def build(app: Explorer, demo: gr.Blocks, layer: gr.Dropdown, chosen: gr.State) 
     filled = [message, drawing, listed, about]
     gr.on([layer.change], safely(fill, 3), [layer, chosen], filled, show_progress="minimal", api_name="layer")
     gr.on([query.submit], safely(search, 1), [query, layer], [message, listed], api_name="search")
-    return [drawing, listed], lambda event: event(safely(fill, 3), [layer, chosen], filled, show_progress="minimal",
-                                                  api_visibility="private")  # fmt: skip
+    return [drawing, listed], (safely(fill, 3), [layer, chosen], filled)
 
 
 def listing(view: dict[str, Any]) -> Markup:
@@ -78,7 +78,9 @@ def hits(found: list[dict[str, Any]], layer: int, query: str) -> Markup:
         return note(f"No feature of layer {layer} is {query}, acts on it or promotes it.", "info")
     lines = [(link(layer, r["feature"]), r["by"], number(r["value"])) for r in found]
     said = Markup('<p class="soft">active on: share of positions; promotes: logit.</p>')
-    return Markup('<div class="tall">{}{}</div>').format(table(["feature", "found as", "value"], lines, right=[2]), said)
+    return Markup('<div class="tall">{}{}</div>').format(
+        table(["feature", "found as", "value"], lines, right=[2]), said
+    )
 
 
 def described(view: dict[str, Any]) -> Markup:

@@ -14,16 +14,23 @@ from saeunlearn.evaluation.evaluate import is_forget
 from saeunlearn.evaluation.removal import METRICS
 
 from ..frontier import frontier
+from ..links import panel
 from ..pieces import (
     bars, cards, fingerprint, fold, join, note, number, pairs, percent, score, table, under, whiskers,
 )  # fmt: skip
 from ..state import Explorer, document, read_json, safely
 
 
-def build(app: Explorer, demo: gr.Blocks) -> None:
-    """The view's components; it is filled when the page is loaded."""
-    message, content = gr.HTML(), gr.HTML(elem_id="overview")
-    demo.load(safely(lambda: str(overview(app)), 1), None, [message, content], api_name="overview")
+def build(app: Explorer) -> tuple[Any, None, list[gr.HTML]]:
+    """The view's components, and what fills them."""
+    message, content = panel(), panel(elem_id="overview")
+
+    def fill() -> str:
+        made = str(overview(app))
+        app.open()
+        return made
+
+    return safely(fill, 1), None, [message, content]
 
 
 def overview(app: Explorer) -> Markup:
@@ -49,7 +56,9 @@ def overview(app: Explorer) -> Markup:
 def state_notes(doc: Mapping[str, Any]) -> Markup:
     notes = []
     if doc["status"] != "done":
-        notes.append(note(f"The run is not recorded as done (status: {doc['status']}): what follows may be incomplete."))
+        notes.append(
+            note(f"The run is not recorded as done (status: {doc['status']}): what follows may be incomplete.")
+        )
     notes += [note(f"Missing: {what}") for what in doc["missing"]]
     return join(notes)
 
@@ -155,4 +164,5 @@ def report_link(root: Path) -> Markup:
     if not page.exists():
         return Markup("")
     return Markup('<p><a href="gradio_api/file={}" target="_blank" rel="noopener">The whole report</a></p>').format(
-        page.resolve())
+        page.resolve()
+    )
