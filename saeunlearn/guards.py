@@ -57,12 +57,14 @@ class Guard:
 
 
 @torch.no_grad()
-def guard_of(sae: Any, layer: int, features: Sequence[int], *, mode: str = "clamp", strength: float,
-             **gate: float) -> Guard:  # fmt: skip
+def guard_of(sae: Any, layer: int, features: Sequence[int], *, mode: str = "clamp", **settings: Any
+             ) -> Guard:  # fmt: skip
     """A guard on these features of a sae_lens SAE, which reads the output of block `layer`.
 
-    `gate`: `min_active` of mode conditional, `threshold` of mode dsg. Only the rows that are needed are kept: those of
-    the features, and for topk the whole encoder. (BatchTopK and Matryoshka SAEs are JumpReLU once saved by sae_lens.)
+    `settings`: `strength`, with `min_active` for mode conditional and `threshold` for dsg; or `rules` for mode steer
+    (GuardRuntime says what they are; DeployError where they are missing). Only the rows that are needed are kept:
+    those of the features, and for topk the whole encoder. (BatchTopK and Matryoshka SAEs are JumpReLU once saved by
+    sae_lens.)
     Raises SAEMismatchError for an SAE that rescales its input at run time or has another architecture.
     """
     cfg, chosen = sae.cfg, list(features)
@@ -81,7 +83,7 @@ def guard_of(sae: Any, layer: int, features: Sequence[int], *, mode: str = "clam
         raise SAEMismatchError(f"a guard needs distinct features between 0 and {cfg.d_sae - 1}, not {chosen}")
     directions, b_dec = sae.W_dec[chosen].double(), sae.b_dec
     tensors = {"b_in": b_dec if cfg.apply_b_dec_to_input else torch.zeros_like(b_dec)}
-    spec = {"layer": layer, "features": chosen, "mode": mode, "strength": strength, **gate}
+    spec = {"layer": layer, "features": chosen, "mode": mode, **settings}
     if architecture == "topk":
         spec |= {"encoder": "topk", "k": cfg.k}
         # Where the SAE compares pre-activations as if decoder rows had norm 1, the norms go into encoder and rows.

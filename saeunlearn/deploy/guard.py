@@ -2,7 +2,7 @@
 
     h' = h + Σ_{j∈S} (z'_j − z_j) d_j      (= dec(z') + (h − dec(z)): the SAE's error term is kept)
 
-Modes: `clamp` (arXiv 2410.19278), `conditional` (2503.11127), `dsg` (2504.08192); see GuardRuntime.
+Modes: `clamp` (arXiv 2410.19278), `conditional` (2503.11127), `dsg` (2504.08192), `steer`; see GuardRuntime.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch.nn.functional import linear
 from .layout import DeployError, find_blocks
 
 # What each mode's gate needs in the spec, and what each encoder needs besides `encoder`, `b_in` and `directions`.
-GATES = {"clamp": None, "conditional": "min_active", "dsg": "threshold"}
+GATES = {"clamp": None, "conditional": "min_active", "dsg": "threshold", "steer": None}
+RULES = ("clamp", "scale")
 ENCODERS = {"jumprelu": ("bias", "threshold"), "topk": ("bias",), "gated": ("b_gate", "b_mag", "gain")}
 _HISTORY = "saeunlearn_guards"  # attribute of a KV cache: {guard's key: active positions so far}
 _KEYS = itertools.count()
@@ -30,7 +31,8 @@ class GuardRuntime:
     """Encoder rows, decoder directions and gate of one guard.
 
     `spec`: `layer` (edits the output of this block), `features` (S, n indices), `encoder`, `mode`, `strength`,
-    `min_active` or `threshold` as the mode needs, `k` and for topk.
+    `min_active` or `threshold` as the mode needs, `k` for topk; for steer instead of `strength` `rules`, one for each
+    feature: {"clamp": value} or {"scale": factor}.
     `tensors` (float32): `b_in` [d] is subtracted from h; `directions` [n, d]; `encoder` [n, d] (topk: [m, d]) with
     `bias`, and for jumprelu `threshold` (0: a plain ReLU), for gated `b_gate`, `b_mag`, `gain` (exp r_mag).
 
@@ -39,6 +41,7 @@ class GuardRuntime:
       conditional: where at least `min_active` features of S are active;
       dsg: where the share of active positions (some feature of S > 0) of the sequence up to here exceeds `threshold`;
       there every feature of S is set to −strength if one of them is active, as in the authors' code.
+    steer: at every position z'_j = value, active or not (clamp), or factor·z_j (scale).
     The first real position (BOS, or the attention sink in its place) and padding are never edited or counted.
     Raises DeployError for a spec or tensors that are no guard.
     """
@@ -50,13 +53,15 @@ class GuardRuntime:
         if mode not in GATES or encoder not in ENCODERS:
             raise DeployError(f"a guard of mode {mode!r} with encoder {encoder!r} is unknown to this version")
         gate = GATES[mode]
-        for name in ("layer", "strength", *([gate] if gate else [])):
+        for name in ("layer", *([] if mode == "steer" else ["strength"]), *([gate] if gate else [])):
             value = spec.get(name)
             if not isinstance(value, int if name == "layer" else int | float) or not math.isfinite(value):
                 raise DeployError(f"a guard of mode {mode} needs a finite {name}, not {value!r}")
         features = spec.get("features")
         if not isinstance(features, list) or not features or not all(isinstance(j, int) for j in features):
             raise DeployError(f"a guard needs a list of features to clamp, not {features!r}")
+        if mode == "steer":
+            _check_rules(spec.get("rules"), len(features))
         wanted = {"b_in", "directions", "encoder", *ENCODERS[encoder]}
         if self.tensors.keys() != wanted:
             raise DeployError(f"a guard with encoder {encoder} holds {sorted(wanted)}, not {sorted(self.tensors)}")
@@ -104,14 +109,20 @@ class GuardRuntime:
         on, now = z > 0, counted[:, counted.shape[1] - h.shape[1] :]
         active = on.any(-1) & now
         history = active if before is None else torch.cat([before, active], 1)
-        if self.spec["mode"] == "clamp":
+        to: float | Tensor = -self.spec.get("strength", 0.0)
+        if self.spec["mode"] == "steer":
+            where = now[..., None].expand_as(on)
+            values = [rule.get("clamp", 0.0) for rule in self.spec["rules"]]
+            factors = [rule.get("scale", 0.0) for rule in self.spec["rules"]]
+            to = z.new_tensor(values) + z.new_tensor(factors) * z
+        elif self.spec["mode"] == "clamp":
             where = on & now[..., None]
         elif self.spec["mode"] == "conditional":
             where = on & (now & (on.sum(-1) >= self.spec["min_active"]))[..., None]
         else:
             rate = running_rate(history, counted)[:, -h.shape[1] :]
             where = (active & (rate > self.spec["threshold"]))[..., None].expand_as(on)
-        change = torch.where(where, -self.spec["strength"] - z, 0.0) @ self.tensors["directions"]
+        change = torch.where(where, to - z, 0.0) @ self.tensors["directions"]
         edited = (h.to(torch.promote_types(h.dtype, torch.float32)) + change).to(h.dtype)
         return torch.where(where.any(-1, keepdim=True), edited, h), history
 
@@ -142,6 +153,16 @@ class GuardRuntime:
                 handle.remove()
 
         return remove
+
+
+def _check_rules(rules: Any, n: int) -> None:
+    """Raises DeployError unless these are the rules of n features."""
+    for rule in rules if isinstance(rules, list) else [None]:
+        values = list(rule.values()) if isinstance(rule, dict) and len(rule) == 1 and set(rule) <= set(RULES) else []
+        if not values or not isinstance(values[0], int | float) or not math.isfinite(values[0]):
+            raise DeployError(f"a steering rule is one of {' or '.join(RULES)} with a finite number, not {rule!r}")
+    if len(rules) != n:
+        raise DeployError(f"{n} features need as many steering rules, not {len(rules)}")
 
 
 def running_rate(active: Tensor, counted: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import threading
 from collections.abc import Mapping
@@ -65,8 +66,7 @@ class Found:
     def quantile(self, feature: int, value: float) -> float:
         """About which share of the feature's activations lies below `value` (linear in log z within a bin)."""
         counts = self.histogram[feature].double()
-        place = (torch.tensor(value, dtype=torch.float64).log2() - LOWEST) * PER_OCTAVE
-        place = float(place.clamp(0, BINS - 1e-9))
+        place = min(max((math.log2(value) - LOWEST) * PER_OCTAVE, 0.0), BINS - 1e-9)
         below = float(counts[: int(place)].sum()) + (place % 1) * float(counts[int(place)])
         return below / max(1.0, float(counts.sum()))
 
