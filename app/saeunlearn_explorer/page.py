@@ -43,9 +43,9 @@ def make_page(app: Explorer) -> gr.Blocks:
             with gr.Tab("Feature", id="feature"):
                 shown = feature.build(app, layer)
             with gr.Tab("Compare", id="compare") as compare_tab:
-                compared = compare.build(app, layer)
+                compared = compare.build(app)
             with gr.Tab("Steer", id="steer"):
-                to_steer = steer.build(app, layer, shown.field, chosen)
+                steered = steer.build(app, layer, shown.field, chosen)
             with gr.Tab("Erase", id="erase"):
                 finished = erase.build(app, demo)
 
@@ -73,10 +73,10 @@ def make_page(app: Explorer) -> gr.Blocks:
         def open_feature(layer: Any, event: gr.EventData) -> tuple[Any, ...]:
             data = event._data if isinstance(event._data, dict) else {}
             at, which = whole(data.get("layer", layer), "the layer"), whole(data.get("feature"), "the feature")
-            return at, which, gr.Tabs(selected="feature"), shown.render(at, which)
+            return at, str(which), gr.Tabs(selected="feature"), shown.render(at, which)
 
-        def land(said: str, layer: Any) -> list[Any]:
-            """On Compare, with the Erasure that was just made beside that of the run, on a question of the forget set."""
+        def land(said: str) -> list[Any]:
+            """On Compare, with the Erasure just made beside that of the run, on a question of the forget set."""
             if not said:
                 return [gr.skip()] * 6
             names, prompts = app.names(), compare.example_prompts(app)
@@ -84,20 +84,20 @@ def make_page(app: Explorer) -> gr.Blocks:
             _, prompt, choices = next((p for p in prompts if p[0].startswith("forget")), prompts[0])
             answers = "\n".join(choices)
             return [gr.CheckboxGroup(choices=names, value=beside), prompt, answers, gr.Tabs(selected="compare"),
-                    *compared.run[0](prompt, answers, beside, layer, 16)]  # fmt: skip
+                    *compared.run[0](prompt, answers, beside, compare.LENGTH)]  # fmt: skip
 
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         looked = safely(look, 3), ready, [trouble, timer, status, ready]
         demo.load(*fill_overview, api_name="overview")
         gr.on([demo.load, timer.tick], *looked, **quiet)
-        gr.on([ready.change], safely(prepare, 3), ready, [trouble, layer, compared.offered, compared.names], **quiet).then(
-            *fill_layers, **quiet)  # fmt: skip
+        prepared = [trouble, layer, compared.offered, compared.names]
+        ready.change(safely(prepare, 3), ready, prepared, **quiet).then(*fill_layers, **quiet)
         compare_tab.select(refresh, None, compared.names, **quiet)
-        for part in (*opening, shown.content, compared.content):
+        for part in (*opening, shown.content, compared.content, steered.content):
             part.select(safely(open_feature, 4), layer, [shown.message, layer, shown.field, tabs, shown.content],
                         show_progress="minimal", api_visibility="private")  # fmt: skip
-        shown.steer.click(*to_steer, **quiet).then(lambda: gr.Tabs(selected="steer"), None, tabs, **quiet)
-        finished.change(land, [finished, layer], [compared.names, compared.prompt, compared.answers, tabs,
+        shown.steer.click(*steered.add, **quiet).then(lambda: gr.Tabs(selected="steer"), None, tabs, **quiet)
+        finished.change(land, finished, [compared.names, compared.prompt, compared.answers, tabs,
                                                   *compared.run[2]], api_visibility="private")  # fmt: skip
     return demo
 

@@ -143,9 +143,7 @@ def bars(values: Sequence[Any], labels: Sequence[Any], title: str, marked: Any =
         kind = "bar marked" if label == marked else "bar"
         if is_number(v):
             above, below = min(y(v), y(0.0)), max(y(v), y(0.0))
-            parts.append(Markup('<rect class="{}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"><title>{}</title>'
-                                "</rect>").format(kind, left, above, step * 0.76, max(below - above, 0.8),
-                                                  f"{label}: {number(v)}"))  # fmt: skip
+            parts.append(box(kind, left, above, step * 0.76, max(below - above, 0.8), f"{label}: {number(v)}"))
         else:
             parts.append(Markup('<text class="none" x="{:.1f}" y="{:.1f}">×</text>').format(middle, y(0.0) - 2))
         if i % every == 0:
@@ -159,10 +157,19 @@ def bars(values: Sequence[Any], labels: Sequence[Any], title: str, marked: Any =
     )
 
 
-HATCH = Markup(  # once on the page, where it is never hidden with a view: a pattern in a hidden drawing paints nothing
-    '<svg class="defs" aria-hidden="true"><defs><pattern id="hatch" width="5" height="5" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
-    '<rect width="5" height="5" class="hatch-ground"/><line x1="0" y1="0" x2="0" y2="5" class="hatch-line"/></pattern></defs></svg>'
+# Once on the page, where it is never hidden with a view: a pattern in a hidden drawing paints nothing.
+HATCH = Markup(
+    '<svg class="defs" aria-hidden="true"><defs><pattern id="hatch" width="5" height="5" '
+    'patternUnits="userSpaceOnUse" patternTransform="rotate(45)"><rect width="5" height="5" class="hatch-ground"/>'
+    '<line x1="0" y1="0" x2="0" y2="5" class="hatch-line"/></pattern></defs></svg>'
 )
+
+
+def box(kind: str, x: float, y: float, width: float, height: float, said: str) -> Markup:
+    """A rectangle of a drawing, with what it says when pointed at."""
+    return Markup(
+        '<rect class="{}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"><title>{}</title></rect>'
+    ).format(kind, x, y, width, height, said)
 
 
 def histogram(edges: Sequence[float], counts: Sequence[int], title: str, kind: str = "") -> Markup:
@@ -174,8 +181,7 @@ def histogram(edges: Sequence[float], counts: Sequence[int], title: str, kind: s
     for i, n in enumerate(counts):
         tall = (height - 26) * math.log1p(n) / top
         said = f"{number(edges[i])} … {number(edges[i + 1])}: {n:,}"
-        parts.append(Markup('<rect class="bar {}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"><title>{}</title></rect>')
-                     .format(kind, 6 + i * step, height - 16 - tall, max(step - 1, 0.6), tall, said))  # fmt: skip
+        parts.append(box(f"bar {kind}", 6 + i * step, height - 16 - tall, max(step - 1, 0.6), tall, said))
     ends = ((6, "start", edges[0]), (width - 6, "end", edges[-1])) if len(edges) else ()
     for x, anchor, value in ends:
         parts.append(Markup('<text x="{}" y="{}" style="text-anchor:{}">{}</text>').format(x, height - 3, anchor,

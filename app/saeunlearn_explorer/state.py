@@ -223,3 +223,8 @@ def whole(value: Any, what: str) -> int:
         return int(float(value))
     except (TypeError, ValueError, OverflowError) as e:
         raise ConfigError(f"{what} must be a whole number, not {value!r}") from e
+
+
+def words(value: Any) -> str:
+    """A text that a visitor gave, without space around it; an empty field that was never shown is None."""
+    return value.strip() if isinstance(value, str) else ""

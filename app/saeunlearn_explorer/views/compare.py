@@ -11,11 +11,14 @@ from markupsafe import Markup
 from saeunlearn.errors import ConfigError
 
 from ..links import link, linked, panel
-from ..pieces import fold, join, note, number, percent, readable, table, tokens
-from ..state import Explorer, safely, whole
+from ..pieces import fold, join, number, percent, readable, table, tokens
+from ..state import Explorer, safely, whole, words
 
 MOST = 4  # Erasures side by side
 PROMPT_LENGTH = 2000  # characters
+LENGTH = 16  # new tokens at first
+SHOWN = 10  # changed features that are not folded away
+KINDS = ("relevant", "irrelevant", "other")
 EXAMPLES = 6  # questions of each group that are offered
 
 
@@ -31,7 +34,7 @@ class View:
     run: tuple[Any, list[Any], list[Any]]
 
 
-def build(app: Explorer, layer: gr.Dropdown) -> View:
+def build(app: Explorer) -> View:
     """The view's components."""
     offered = gr.Dropdown([], label="Example prompts: questions of this run", elem_id="compare-examples")
     with gr.Row(equal_height=True):
@@ -39,7 +42,7 @@ def build(app: Explorer, layer: gr.Dropdown) -> View:
                             elem_id="compare-prompt")  # fmt: skip
         answers = gr.Textbox(label="Answers to score, one a line", lines=2, max_lines=8, scale=2, min_width=240,
                              elem_id="compare-answers")  # fmt: skip
-    with gr.Row(equal_height=True):
+    with gr.Row(elem_classes="bottom"):
         names = gr.CheckboxGroup(
             app.names(),
             value=app.names()[:1],
@@ -47,7 +50,7 @@ def build(app: Explorer, layer: gr.Dropdown) -> View:
             elem_id="compare-names",
             scale=3,
         )
-        length = gr.Slider(1, 64, value=16, step=1, label="New tokens", scale=1, min_width=160)
+        length = gr.Slider(1, 64, value=LENGTH, step=1, label="New tokens", scale=1, min_width=160)
         run = gr.Button("Compare", variant="primary", elem_id="compare-run", scale=1, min_width=120)
     message = panel()
     content = linked(elem_id="compare")
@@ -58,22 +61,21 @@ def build(app: Explorer, layer: gr.Dropdown) -> View:
                 return question, "\n".join(choices)
         return gr.skip(), gr.skip()
 
-    def compare(prompt: str, answers: str, names: list[str], layer: Any, length: Any) -> str:
+    def compare(prompt: str, answers: str, names: list[str], length: Any) -> str:
         from saeunlearn.explore.compare import compare_view
 
-        if not prompt.strip():
+        if not words(prompt):
             raise ConfigError("write a prompt first, or choose an example")
         if len(prompt) > PROMPT_LENGTH:
             raise ConfigError(f"the prompt has {len(prompt):,} characters; at most {PROMPT_LENGTH:,} are compared")
         if len(names) > MOST:
             raise ConfigError(f"{len(names)} Erasures are too many for one page: choose at most {MOST}")
-        wanted = [line for line in (a.strip() for a in answers.splitlines()) if line]
-        given = {"layer": whole(layer, "the layer")} if layer not in (None, "") else {}
-        view = compare_view(app.run(), prompt, names, wanted, max_new_tokens=whole(length, "the new tokens"), **given)
+        wanted = [line for line in (a.strip() for a in words(answers).splitlines()) if line]
+        view = compare_view(app.run(), prompt, names, wanted, max_new_tokens=whole(length, "the new tokens"))
         return str(rendered(view))
 
     offered.change(offer, offered, [prompt, answers], api_visibility="private", show_progress="hidden")
-    fields = [prompt, answers, names, layer, length]
+    fields = [prompt, answers, names, length]
     wrapped, filled = safely(compare, 1), [message, content]
     gr.on([run.click, prompt.submit], wrapped, fields, filled, api_name="compare")
     return View(names, offered, prompt, answers, content, (wrapped, fields, filled))
@@ -99,35 +101,37 @@ def example_prompts(app: Explorer) -> list[tuple[str, str, list[str]]]:
 def rendered(view: dict[str, Any]) -> Markup:
     models = view["models"]
     original = next(iter(models.values()))
-    columns = [one_model(name, m, original, view["tokens"]) for name, m in models.items()]
-    others = {n: m for n, m in models.items() if m is not original}
+    columns = [one_model(name, m, original) for name, m in models.items()]
     parts = [Markup('<div class="side-by-side">{}</div>').format(join(columns))]
-    if others:
-        parts.append(Markup("<h2>Change of the residual stream by layer</h2>{}").format(
-            join(residual(n, m["residual"]) for n, m in others.items() if m.get("residual"))))  # fmt: skip
-        parts.append(Markup('<h2>Features that changed most</h2><div class="columns">{}</div>').format(
-            join(features(n, m["features"]) for n, m in others.items())))  # fmt: skip
-    parts.append(
-        Markup("<h2>Logit lens</h2>{}").format(
-            join(
-                fold(f"{n}: what each layer would say next", lens(m["lens"], view["tokens"])) for n, m in models.items()
-            )
-        )
-    )
-    return join(parts)
+    for name, m in list(models.items())[1:]:
+        parts.append(Markup('<h2>{}: what it changed inside</h2><div class="columns">{}{}</div>').format(
+            name, features(m["features"]), residual(m["residual"])))  # fmt: skip
+    lenses = join(fold(f"{n}: what each layer would say next", lens(m["lens"], m["tokens"])) for n, m in models.items())
+    return join([*parts, Markup("<h2>Logit lens</h2>"), lenses])
 
 
-def one_model(name: str, m: dict[str, Any], original: dict[str, Any], words: list[str]) -> Markup:
+def one_model(name: str, m: dict[str, Any], original: dict[str, Any]) -> Markup:
     own = m is original
-    told = join(Markup("<p>{}</p>").format(note(s, "info")) for s in m.get("notes", ()))
-    if own:
-        shaded, said = tokens(words, m["loss"], unit="loss (nats)"), "loss of each token"
+    if own or m["tokens"] != original["tokens"]:
+        shaded = shaded_tokens(m["tokens"], m["loss"])
     else:
-        change = [None if a is None or b is None else a - b for a, b in zip(m["loss"], original["loss"])]
-        shaded, said = tokens(words, change, unit="loss by (nats)"), "loss against the original: orange up, blue down"
-    return Markup(
-        '<section class="model"><h3>{}</h3>{}<p class="generated">{}</p>{}<p class="soft">{}</p>{}</section>'
-    ).format(name, told, m["generated"] or "(nothing)", answers(m["answers"], original["answers"], own), said, shaded)
+        shaded = shaded_tokens(m["tokens"], m["loss"], original["loss"])
+    return Markup('<section class="model"><h3>{}</h3><p class="generated">{}</p>{}{}</section>').format(
+        name, m["generated"] or "(nothing)", answers(m["answers"], original["answers"], own), shaded
+    )
+
+
+def shaded_tokens(words: list[str], loss: list[Any], before: list[Any] | None = None) -> Markup:
+    """The prompt shaded by the loss of each token, or by its change."""
+    if before is None:
+        said, drawn = "loss of each token", tokens(words, loss, unit="loss in nats:")
+    else:
+        change = [None if a is None or b is None else a - b for a, b in zip(loss, before)]
+        said = "loss against the original: orange up; blue, underlined: down"
+        # At least a nat is the darkest, so that small changes look small.
+        most = max([1.0, *(abs(c) for c in change if c is not None)])
+        drawn = tokens(words, change, largest=most, unit="loss changed by nats:")
+    return Markup('<p class="soft">{}</p>{}').format(said, drawn)
 
 
 def answers(rows: list[dict[str, Any]], before: list[dict[str, Any]], own: bool) -> Markup:
@@ -138,34 +142,44 @@ def answers(rows: list[dict[str, Any]], before: list[dict[str, Any]], own: bool)
     for r, b in zip(rows, before):
         p = r["probability"]
         change = "" if own else f" ({p - b['probability']:+.1%})"
-        lines.append(Markup(
-            '<div class="answer"><span>{}</span><meter min="0" max="1" value="{}" aria-label="{}"></meter><span class="r">{}</span></div>'
-        ).format(r["text"], f"{p:.4f}", f"probability of {r['text']}", f"{percent(p)}{change}"))  # fmt: skip
+        bar = Markup('<i class="meter"><i style="width:{:.1f}%"></i></i>').format(100 * p)
+        lines.append(Markup('<div class="answer"><span>{}</span>{}<span class="r">{}</span></div>').format(
+            r["text"], bar, f"{percent(p)}{change}"))  # fmt: skip
     return Markup('<div class="answers">{}</div>').format(join(lines))
 
 
-def features(name: str, rows: list[dict[str, Any]]) -> Markup:
-    if not rows:
-        return Markup("<section><h3>{}</h3><p class='soft'>none</p></section>").format(name)
-    lines = [(r["layer"], link(r["layer"], r["feature"]), number(r["before"]), number(r["after"]),
-              f"{r['after'] - r['before']:+.3f}") for r in rows]  # fmt: skip
-    made = table(["layer", "feature", "before", "after", "change"], lines, right=[0, 2, 3, 4], label="features changed")
-    return Markup("<section><h3>{}</h3>{}</section>").format(name, made)
+def features(rows: list[dict[str, Any]]) -> Markup:
+    """The features that changed most, as links; the first SHOWN of them unfolded."""
+
+    def made(part: list[dict[str, Any]]) -> Markup:
+        lines = [(r["layer"], link(r["layer"], r["feature"]), number(r["before"]), number(r["after"]),
+                  f"{r['after'] - r['before']:+.3g}") for r in part]  # fmt: skip
+        return table(["layer", "feature", "before", "after", "change"], lines, right=[0, 1, 2, 3, 4], label="features")
+
+    rest = fold(f"{len(rows) - SHOWN} more", made(rows[SHOWN:])) if len(rows) > SHOWN else ""
+    first = made(rows[:SHOWN]) if rows else Markup('<p class="soft">none</p>')
+    return Markup("<section><h3>Features that changed most (mean over the prompt)</h3>{}{}</section>").format(
+        first, rest
+    )
 
 
-def residual(name: str, rows: list[dict[str, Any]]) -> Markup:
-    """A stacked bar a layer: the share of the change in the relevant and irrelevant subspaces and outside both."""
-    most = max((r["total"] or 0.0 for r in rows), default=0.0) or 1.0
+def residual(rows: list[dict[str, Any]]) -> Markup:
+    """A stacked bar a layer: its length is the size of the change, its parts where it lies."""
+    most = max((r["total"] for r in rows), default=0.0) or 1.0
     lines = []
     for r in rows:
-        parts = join(Markup('<i class="{}" style="width:{:.1f}%" title="{} {}"></i>').format(
-            kind, 100 * (r[kind] or 0.0) / most, kind, number(r[kind]))
-            for kind in ("relevant", "irrelevant", "other") if r.get(kind) is not None)  # fmt: skip
-        lines.append((r["layer"], Markup('<div class="stack">{}</div>').format(parts), number(r["total"])))
+        parts = join(
+            Markup('<i class="{}" style="width:{:.1f}%" title="{} {}"></i>').format(
+                kind, 100 * r[kind] * r["total"] / most, kind, percent(r[kind]))
+            for kind in KINDS if r[kind] is not None)  # fmt: skip
+        shares = " / ".join(percent(r[kind]) for kind in KINDS)
+        lines.append((r["layer"], Markup('<div class="stack">{}</div>').format(parts), percent(r["total"]), shares))
     legend = Markup('<p class="legend"><span><i class="mark relevant"></i>relevant subspace</span><span><i class="mark '
-                    'irrelevant"></i>irrelevant subspace</span><span><i class="mark square"></i>outside both</span></p>')  # fmt: skip
-    made = table(["layer", "where the change lies", "size"], lines, right=[0, 2], label=f"residual change of {name}")
-    return Markup('<section class="residual"><h3>{}</h3>{}{}</section>').format(name, made, legend)
+                    'irrelevant"></i>irrelevant subspace</span><span><i class="mark square"></i>outside both</span></p>'
+                    '<p class="soft">The subspaces are those of the layer that the run chose.</p>')  # fmt: skip
+    head = ["layer", "‖Δh‖² / ‖h‖²", "", "relevant / irrelevant / other"]
+    made = table(head, lines, right=[0, 2, 3], label="change of the residual stream")
+    return Markup('<section class="residual"><h3>Change of the residual stream</h3>{}{}</section>').format(made, legend)
 
 
 def lens(rows: list[dict[str, Any]], words: list[str]) -> Markup:

@@ -21,7 +21,7 @@ from saeunlearn.sandbox.build import cache_dir
 from ..jobs import Job
 from ..links import panel
 from ..pieces import bar, fold, join, note, number, table
-from ..state import MADE, Explorer, safely
+from ..state import MADE, Explorer, safely, whole, words
 
 TYPES = [".jsonl", ".json", ".csv", ".txt", ".parquet"]
 POLL = 0.7  # seconds between two looks at the run
@@ -34,8 +34,8 @@ def build(app: Explorer, demo: gr.Blocks) -> gr.State:
     finished = gr.State("")
     ticket = gr.BrowserState("", storage_key="saeunlearn-explorer-run")  # survives a reload: who has it may cancel
     timer = gr.Timer(POLL, active=False)
-    gr.Markdown("Leave a file out to take that of this run. Uploaded files are kept in the cache folder of this machine, "
-                "because the new run directory refers to them; the run directory itself holds no text.")  # fmt: skip
+    gr.Markdown("Leave a file out to take that of this run. Uploaded files are kept in the cache folder of this "
+                "machine, because the new run directory refers to them; the run directory itself holds no text.")  # fmt: skip
     with gr.Row():
         files = [gr.File(label=label, file_types=TYPES, height=120, elem_id=f"erase-{name}")
                  for name, label in (("forget", "Forget set"), ("retain", "Retain set"),
@@ -66,7 +66,7 @@ def build(app: Explorer, demo: gr.Blocks) -> gr.State:
     def begin(forget: Any, retain: Any, questions: Any, method: str, layer: str, k: str, rise: str, seed: float,
               lines: str, name: str, keep: bool) -> tuple[Any, ...]:  # fmt: skip
         config = configured(app, [forget, retain, questions], method, layer, k, rise, seed, lines, keep)
-        name = app.free_name(name.strip() or _free_name(app, method))
+        name = app.free_name(words(name) or _free_name(app, method))
         job = app.jobs.start(config, app.root / MADE / name, name, lambda job: app.add(job.name, job.root / "erasure"))
         return job.id, gr.Timer(active=True), str(shown(job)), gr.Button(interactive=True)
 
@@ -102,9 +102,9 @@ def configured(app: Explorer, uploads: list[str | None], method: str, layer: str
     own = RunConfig(**app.alive()["config"])
     forget, retain, questions = (_kept(f) for f in uploads)
     same_data = forget is None and retain is None
-    select = dict(own.select) | {n: _whole(v, n) for n, v in (("k", k), ("layer", layer)) if v.strip()}
-    settings = further_settings([line.strip() for line in lines.splitlines() if line.strip()])
-    if rise.strip():
+    select = dict(own.select) | {n: whole(v, n) for n, v in (("k", k), ("layer", layer)) if words(v)}
+    settings = further_settings([line.strip() for line in words(lines).splitlines() if line.strip()])
+    if words(rise):
         settings[MAIN[0]] = _decimal(rise, "the allowed rise")
     trained = app.root / "saes"
     selection = app.root / "selection.json"
@@ -115,7 +115,7 @@ def configured(app: Explorer, uploads: list[str | None], method: str, layer: str
         eval_texts=own.eval_texts if same_data else {},
         saes=str(trained) if (trained / "saes.json").exists() else own.saes,
         selection=str(selection) if as_chosen else None,
-        select=select, method=method, settings=settings, seed=int(seed), include_text=keep,
+        select=select, method=method, settings=settings, seed=whole(seed, "the seed"), include_text=keep,
     )  # fmt: skip
 
 
@@ -186,13 +186,6 @@ def _kept(upload: str | None) -> str | None:
     kept.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, kept)
     return str(kept)
-
-
-def _whole(text: str, what: str) -> int:
-    try:
-        return int(text)
-    except ValueError as e:
-        raise ConfigError(f"{what} must be a whole number, not {text!r}") from e
 
 
 def _decimal(text: str, what: str) -> float:

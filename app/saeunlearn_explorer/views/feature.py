@@ -18,7 +18,7 @@ from ..state import Explorer, safely, whole
 class View:
     """What the page connects with other views; `render(layer, feature)` gives the content."""
 
-    field: gr.Number
+    field: gr.Textbox
     steer: gr.Button
     message: gr.HTML
     content: gr.HTML
@@ -28,7 +28,7 @@ class View:
 def build(app: Explorer, layer: gr.Dropdown) -> View:
     """The view's components."""
     with gr.Row(elem_classes="bottom"):
-        field = gr.Number(label="Feature", precision=0, minimum=0, elem_id="feature-number", min_width=120)
+        field = gr.Textbox(label="Feature", max_lines=1, elem_id="feature-number", min_width=120)
         show = gr.Button("Show", elem_id="feature-show", min_width=100)
         steer = gr.Button("Steer this feature", elem_id="feature-steer", min_width=140)
     message = panel()
@@ -53,14 +53,16 @@ def rendered(view: dict[str, Any]) -> Markup:
                                                                     number(view["scores"]["retain"]))  # fmt: skip
     left = [scores, table(["text", "active at", "mean activation"], rates, right=[1, 2], label="activity"),
             Markup("<h3>Nearest features</h3><p>{}</p>").format(join(
-                Markup("{} <small class='soft'>cos {}</small> &ensp;").format(link(layer, n["feature"]), number(n["cosine"], 2))
+                Markup("{} <small class='soft'>cos {}</small> &ensp;").format(
+                    link(layer, n["feature"]), number(n["cosine"], 2))
                 for n in view["nearest"]))]  # fmt: skip
     right = [Markup("<h3>Promotes</h3><p>{}</p><h3>Suppresses</h3><p>{}</p>").format(
         *(join(chip(t["token"], t["logit"]) for t in view[side]) for side in ("promoted", "suppressed")))]  # fmt: skip
     drawn = [histogram(h["edges"], h["counts"], f"{t}: how strongly it is active", t)
              for t, h in view["histogram"].items() if h["counts"]]  # fmt: skip
     return join([
-        head, Markup('<div class="columns"><section>{}</section><section>{}</section></div>').format(join(left), join(right)),
+        head,
+        Markup('<div class="columns"><section>{}</section><section>{}</section></div>').format(join(left), join(right)),
         Markup('<div class="grid wide">{}</div>').format(join(drawn)),
         Markup("<h2>Before and after each Erasure</h2>"), erased(view["erasures"]),
         Markup("<h2>Where it is active</h2>"), examples(view["examples"]),

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from ..links import link, linked, panel
 from ..pieces import chip, join, note, number, percent, table
-from ..state import Explorer, safely, whole
+from ..state import Explorer, safely, whole, words
 from .overview import layers as layer_bars
 
 SCRIPT = (Path(__file__).parents[1] / "scatter.js").read_text(encoding="utf-8")
@@ -18,8 +18,8 @@ LISTED = 40  # features in the list beside the drawing
 DRAWING = """
 <div class="scatter"><canvas role="img" aria-label="forget score against retain score of every feature; the list beside
 it has the same features as buttons"></canvas><div class="tip" hidden></div></div>
-<p class="legend"><span><i class="mark relevant"></i>relevant</span><span><i class="mark irrelevant"></i>irrelevant</span>
-<span><i class="mark chosen"></i>chosen to steer</span><span><i class="mark"></i>other</span></p>
+<p class="legend"><span><i class="mark relevant"></i>relevant</span>
+<span><i class="mark irrelevant"></i>irrelevant</span><span><i class="mark chosen"></i>chosen to steer</span><span><i class="mark"></i>other</span></p>
 """
 
 
@@ -52,9 +52,9 @@ def build(
 
         at = whole(layer, "the layer")
         run, index = app.run(), app.index()
-        if not query.strip():
+        if not words(query):
             return str(listing(layer_view(run, index, at)))
-        return str(hits(find_features(run, index, query, at), at, query))
+        return str(hits(find_features(run, index, words(query), at), at, words(query)))
 
     filled = [message, drawing, listed, about]
     gr.on([layer.change], safely(fill, 3), [layer, chosen], filled, show_progress="minimal", api_name="layer")

@@ -16,7 +16,19 @@ from saeunlearn.evaluation.removal import METRICS
 from ..frontier import frontier
 from ..links import panel
 from ..pieces import (
-    bars, cards, fingerprint, fold, join, note, number, pairs, percent, score, table, under, whiskers,
+    bars,
+    cards,
+    fingerprint,
+    fold,
+    join,
+    note,
+    number,
+    pairs,
+    percent,
+    score,
+    table,
+    under,
+    whiskers,
 )  # fmt: skip
 from ..state import Explorer, document, read_json, safely
 
@@ -115,13 +127,15 @@ def comparison(rows: Sequence[dict[str, Any]]) -> Markup:
         low, high = (min(ends), max(ends)) if metric == "nll" else (0.0, 1.0)
         lines = [
             (under(r["group"], f"n = {r['n']:,}"), _with_interval(r, "before", metric),
-             _with_interval(r, "after", metric), whiskers(r, low, high, "forget" if is_forget(r["group"]) else "retain"))
+             _with_interval(r, "after", metric),
+             whiskers(r, low, high, "forget" if is_forget(r["group"]) else "retain"))
             for r in own
         ]  # fmt: skip
         reach = f"{score(low, metric)} … {score(high, metric)}"
         parts.append(Markup("<section><h3>{}</h3>{}</section>").format(
             label.capitalize() if metric != "nll" else label,
-            table(["group", "before", "after", reach], lines, right=[1, 2], label=f"{label} before and after")))  # fmt: skip
+            table(["group", "before", "after", reach], lines, right=[1, 2], label=f"{label} before and after"),
+        ))  # fmt: skip
     legend = Markup('<p class="soft">Grey disc: before. Diamond: after. Lines: 95 % intervals. Dotted: chance.</p>')
     return join([Markup('<div class="columns">{}</div>').format(join(parts)), legend])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
@@ -9,46 +10,64 @@ from markupsafe import Markup
 
 from saeunlearn.errors import ConfigError
 
-from ..links import panel
+from ..links import linked, panel
 from ..pieces import join, note
-from ..state import GUARDS, Explorer, safely, whole
-from .compare import PROMPT_LENGTH
+from ..state import GUARDS, Explorer, safely, whole, words
+from .compare import LENGTH, PROMPT_LENGTH, features, residual, shaded_tokens
 
 SLOTS = 6  # features that can be steered at once
 REACH = {"scale": (0.0, 5.0, 0.0), "clamp": (-20.0, 20.0, 0.0)}  # of the slider: least, most, at first
 
 
-def build(app: Explorer, layer: gr.Dropdown, field: gr.Number, chosen: gr.State) -> tuple[Any, list[Any], list[Any]]:
-    """The view's components. Returns what adds the feature of `field`, with its inputs and outputs.
+@dataclass(frozen=True)
+class View:
+    """What the page connects: content that opens features; what adds the shown feature, its inputs and outputs."""
+
+    content: gr.HTML
+    add: tuple[Any, list[Any], list[Any]]
+
+
+def build(app: Explorer, layer: gr.Dropdown, field: gr.Textbox, chosen: gr.State) -> View:
+    """The view's components.
 
     `chosen`: {layer: {feature: setting}} of the guard that this visitor saved last, for the marks in Layers.
     """
+
+    def reach(mode: str, feature: Any, layer: Any) -> Any:
+        """The slider's ends: for a clamp, twice the largest activation that the texts of the run caused."""
+        low, high, value = REACH[mode]
+        if mode == "clamp" and app.indexed() and words(feature).isdecimal() and layer in app.layers():
+            index = app.index()
+            top = [index.at(text, layer).top["value"] for text in index.texts]
+            if int(words(feature)) < top[0].shape[1]:
+                high = max(1.0, 2 * max(float(t[:, int(words(feature))].max()) for t in top))
+                low = -high
+        return gr.Slider(minimum=low, maximum=round(high, 1), value=value)
+
     gr.Markdown("`scale` multiplies a feature's activation (0 takes it out); `clamp` sets it, as a guard does.")
-    slots: list[tuple[gr.Number, gr.Dropdown, gr.Slider]] = []
-    for i in range(SLOTS):
-        with gr.Row(equal_height=True):
-            feature = gr.Number(
-                label=f"Feature {i + 1}", precision=0, minimum=0, min_width=110, scale=1, elem_id=f"steer-feature-{i}"
-            )
-            mode = gr.Dropdown(list(REACH), value="scale", label="How", min_width=110, scale=1)
-            low, high, value = REACH["scale"]
-            slider = gr.Slider(
-                low, high, value=value, step=0.05, label="Value", min_width=220, scale=4, elem_id=f"steer-value-{i}"
-            )
-        mode.change(_reach, mode, slider, show_progress="hidden", api_visibility="private")
-        slots.append((feature, mode, slider))
+    slots: list[tuple[gr.Textbox, gr.Dropdown, gr.Slider]] = []
+    with gr.Row(elem_classes="slots"):
+        for i in range(SLOTS):
+            with gr.Column(min_width=330), gr.Row():
+                feature = gr.Textbox(label=f"Feature {i + 1}", min_width=80, max_lines=1, elem_id=f"steer-feature-{i}")
+                mode = gr.Dropdown(list(REACH), value="scale", label="How", min_width=90, elem_id=f"steer-mode-{i}")
+                low, high, value = REACH["scale"]
+                slider = gr.Slider(low, high, value=value, step=0.05, label="Value", min_width=170, scale=3,
+                                   elem_id=f"steer-value-{i}")  # fmt: skip
+            mode.change(reach, [mode, feature, layer], slider, show_progress="hidden", api_visibility="private")
+            slots.append((feature, mode, slider))
     prompt = gr.Textbox(label="Prompt", lines=2, max_length=PROMPT_LENGTH, elem_id="steer-prompt")
-    with gr.Row(equal_height=True):
-        length = gr.Slider(1, 64, value=16, step=1, label="New tokens", min_width=160)
+    with gr.Row(elem_classes="bottom"):
+        length = gr.Slider(1, 64, value=LENGTH, step=1, label="New tokens", min_width=160)
         run = gr.Button("Generate", variant="primary", elem_id="steer-run", min_width=120)
         name = gr.Textbox(label="Name of the guard", placeholder="guard-1", elem_id="steer-name", min_width=160)
         save = gr.Button("Save as a guard", elem_id="steer-save", min_width=120)
-    message, content = panel(), panel(elem_id="steer")
+    message, content = panel(), linked(elem_id="steer")
 
     def steer(layer: Any, prompt: str, length: Any, *values: Any) -> str:
         from saeunlearn.explore.steer import steer_view
 
-        if not prompt.strip() or len(prompt) > PROMPT_LENGTH:
+        if not words(prompt) or len(prompt) > PROMPT_LENGTH:
             raise ConfigError(f"write a prompt of at most {PROMPT_LENGTH:,} characters first")
         view = steer_view(app.run(), whole(layer, "the layer"), choice(values), prompt, whole(length, "the new tokens"))
         return str(rendered(view))
@@ -57,12 +76,12 @@ def build(app: Explorer, layer: gr.Dropdown, field: gr.Number, chosen: gr.State)
         from saeunlearn.explore.steer import save_guard
 
         at, settings = whole(layer, "the layer"), choice(values)
-        name = name.strip() or _free(app)
+        name = words(name) or _free(app)
         folder = app.root / GUARDS / app.free_name(name)
         save_guard(app.run(), at, settings, folder)
         app.add(name, folder)
-        said = Markup("The guard {} is saved in <code>{}</code> and in the list of Compare. <code>saeunlearn inspect {}</code> "
-                      "opens it.").format(name, folder, folder)  # fmt: skip
+        said = Markup("The guard {} is saved in <code>{}</code> and in the list of Compare. "
+                      "<code>saeunlearn inspect {}</code> opens it.").format(name, folder, folder)  # fmt: skip
         return str(note(said, "info")), {str(at): settings}
 
     flat = [c for slot in slots for c in slot]
@@ -77,27 +96,27 @@ def build(app: Explorer, layer: gr.Dropdown, field: gr.Number, chosen: gr.State)
 
     def add(feature: Any, *features: Any) -> list[Any]:
         """Put the feature into the first free slot."""
-        wanted = whole(feature, "the feature")
-        if wanted in features:
+        wanted = str(whole(feature, "the feature"))
+        if wanted in (words(f) for f in features):
             return [gr.skip()] * SLOTS
-        free = next((i for i, f in enumerate(features) if f is None), None)
+        free = next((i for i, f in enumerate(features) if not words(f)), None)
         if free is None:
             raise ConfigError(f"at most {SLOTS} features can be steered at once: empty one first")
         return [wanted if i == free else gr.skip() for i in range(SLOTS)]
 
     numbers = [f for f, _, _ in slots]
-    return safely(add, SLOTS), [field, *numbers], [message, *numbers]
+    return View(content, (safely(add, SLOTS), [field, *numbers], [message, *numbers]))
 
 
 def choice(values: tuple[Any, ...]) -> dict[int, dict[str, float]]:
     """{feature: {"scale" or "clamp": value}} of the slots' values. Raises ConfigError for none, or one twice."""
     out: dict[int, dict[str, float]] = {}
     for feature, mode, value in zip(values[::3], values[1::3], values[2::3]):
-        if feature is None:
+        if not words(feature):
             continue
         which = whole(feature, "a feature")
-        if which in out or mode not in REACH:
-            raise ConfigError(f"feature {which} is there twice, or {mode!r} is no way to steer it")
+        if which in out:
+            raise ConfigError(f"feature {which} is there twice: empty one of the two")
         out[which] = {mode: float(value)}
     if not out:
         raise ConfigError("choose a feature first: its number goes into a field above")
@@ -105,14 +124,14 @@ def choice(values: tuple[Any, ...]) -> dict[int, dict[str, float]]:
 
 
 def rendered(view: dict[str, Any]) -> Markup:
-    sides = [Markup('<section class="model"><h3>{}</h3><p class="generated">{}</p></section>').format(n, view[n] or "(nothing)")
-             for n in ("original", "steered")]  # fmt: skip
-    return Markup('<div class="side-by-side">{}</div>').format(join(sides))
-
-
-def _reach(mode: str) -> Any:
-    low, high, value = REACH.get(mode, REACH["scale"])
-    return gr.Slider(minimum=low, maximum=high, value=value)
+    one = Markup('<section class="model"><h3>{}</h3><p class="generated">{}</p>{}</section>')
+    loss = view["loss"]
+    sides = [one.format("original", view["original"] or "(nothing)", shaded_tokens(view["tokens"], loss["original"])),
+             one.format("steered", view["steered"] or "(nothing)",
+                        shaded_tokens(view["tokens"], loss["steered"], loss["original"]))]  # fmt: skip
+    return Markup('<div class="side-by-side">{}</div><div class="columns">{}{}</div>').format(
+        join(sides), features(view["features"]), residual(view["residual"])
+    )
 
 
 def _free(app: Explorer) -> str:
