@@ -90,11 +90,11 @@ def look_at(run: OpenedRun, model: LanguageModel, prompt: str, answers: Sequence
     loss = cross_entropy(logits[:-1], torch.tensor(ids[1:], device=logits.device), reduction="none")
     rows = {i: model.unembed(h) for i, h in streams.items()} | {model.n_layers - 1: logits}
     view = {
-        "tokens": run.token_texts(ids),
+        "tokens": run.token_texts(ids, model),
         "generated": model.generate([prompt], max_new_tokens)[0],
         "answers": answer_probabilities(model, prompt, answers),
         "loss": [None, *loss.tolist()],
-        "lens": [{"layer": i, "tokens": _most_probable(run, rows[i])} for i in sorted(rows)],
+        "lens": [{"layer": i, "tokens": _most_probable(run, model, rows[i])} for i in sorted(rows)],
         "features": [],
         "residual": [],
     }
@@ -125,9 +125,9 @@ def answer_probabilities(model: LanguageModel, prompt: str, answers: Sequence[st
             for a, x in zip(answers, losses)]  # fmt: skip
 
 
-def _most_probable(run: OpenedRun, logits: Tensor) -> list[list[dict[str, Any]]]:
+def _most_probable(run: OpenedRun, model: LanguageModel, logits: Tensor) -> list[list[dict[str, Any]]]:
     values, ids = logits.softmax(-1).topk(min(LENS, logits.shape[-1]))
-    return [[{"token": t, "probability": p} for t, p in zip(run.token_texts(row), ps)]
+    return [[{"token": t, "probability": p} for t, p in zip(run.token_texts(row, model), ps)]
             for row, ps in zip(ids.tolist(), values.tolist())]  # fmt: skip
 
 

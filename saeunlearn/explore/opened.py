@@ -128,10 +128,15 @@ class OpenedRun:
                 self.cache["words", text] = Words(ids, starts)
         return self.cache["words", text]
 
-    def token_texts(self, ids: list[int]) -> list[str]:
-        """Each token as text, with its leading space; "�" where it is only a part of a character."""
+    def token_texts(self, ids: list[int], edited: LanguageModel | None = None) -> list[str]:
+        """Each token as text, with its leading space; "�" where it is only a part of a character.
+
+        `edited`: the model with an Erasure applied, for the ids of tokens that the Erasure added.
+        """
         with self._reading:
-            return [self._token_text(i) for i in ids]
+            known = len(self.reader.tokenizer)
+            return [self._token_text(i) if i < known or edited is None
+                    else edited.tokenizer.convert_ids_to_tokens(i) or "" for i in ids]  # fmt: skip
 
     def _token_text(self, i: int) -> str:
         if i not in self._texts:

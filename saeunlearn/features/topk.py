@@ -93,13 +93,15 @@ class Best:
             new_key[(twice & older).any(0)] = -torch.inf
             old_key[(twice & ~older).any(1)] = -torch.inf
         merged, order = torch.cat([old_key, new_key]).sort(dim=0, descending=True, stable=True)
-        order = order[: self.n]
-        self.key[:, columns] = merged[: self.n]
-        self.value[:, columns] = torch.cat([self.value[:, columns], new_value]).gather(0, order)
-        place = torch.cat([old_place, new_place], 1).gather(1, order[None].expand(len(FIELDS), -1, -1))
-        self.place[:, :, columns] = place.masked_fill(self.key[:, columns].isinf(), -1)
+        order, self.key[:, columns] = order[: self.n], merged[: self.n]
+        empty = self.key[:, columns].isinf()  # also where a twin was taken out
+        values = torch.cat([self.value[:, columns], new_value]).gather(0, order)
+        places = torch.cat([old_place, new_place], 1).gather(1, order[None].expand(len(FIELDS), -1, -1))
         wide = order[..., None].expand(-1, -1, len(self.offsets))
-        self.around[:, columns] = torch.cat([self.around[:, columns], new_around]).gather(0, wide)
+        around = torch.cat([self.around[:, columns], new_around]).gather(0, wide)
+        self.value[:, columns] = values.masked_fill(empty, 0)
+        self.place[:, :, columns] = places.masked_fill(empty, -1)
+        self.around[:, columns] = around.masked_fill(empty[..., None], 0)
 
 
 def _firsts(groups: Tensor) -> Tensor:
