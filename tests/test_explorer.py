@@ -64,7 +64,7 @@ def test_whiskers_put_values_in_order() -> None:
     drawn = whiskers({"before": 1.0, "after": 0.25, "before_low": 0.9, "before_high": 1.0, "after_low": 0.2,
                       "after_high": 0.3, "chance": 0.25}, 0.0, 1.0, "forget")  # fmt: skip
     at = {k: float(re.search(p, drawn).group(1)) for k, p in  # type: ignore[union-attr]
-          (("before", r'cx="([\d.]+)"'), ("after", r'd="M([\d.]+)'), ("chance", r'"chance" x1="([\d.]+)"'))}  # fmt: skip
+          (("before", r'cx="([\d.]+)"'), ("after", r'd="M([\d.]+)'), ("chance", r'"chance" x1="([\d.]+)'))}  # fmt: skip
     assert at["before"] == pytest.approx(pieces.WIDE - 6)
     assert at["after"] == at["chance"] == pytest.approx(6 + 0.25 * (pieces.WIDE - 12), abs=0.06)
 

@@ -202,7 +202,7 @@ def test_views_at_390_pixels_and_in_the_dark(browser: Any, server: Server) -> No
             page.wait_for_timeout(200)
             wide = page.evaluate("document.documentElement.scrollWidth")
             assert wide <= 390, f"{name} is {wide} pixels wide"
-        dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        dark = page.evaluate("getComputedStyle(document.querySelector('.gradio-container')).backgroundColor")
         assert max(map(int, re.findall(r"\d+", dark)[:3])) < 80
         assert w.errors == []
         assert w.foreign == []

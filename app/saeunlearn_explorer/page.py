@@ -35,7 +35,7 @@ def make_page(app: Explorer) -> gr.Blocks:
                                 elem_id="layer", min_width=120, scale=0)  # fmt: skip
         trouble, status, timer = panel(elem_id="trouble"), panel(elem_id="status"), gr.Timer(1.0)
         ready, chosen = gr.State(False), gr.State({})  # chosen: the guard that this visitor saved last
-        with gr.Tabs(elem_id="views") as tabs:
+        with gr.Tabs(elem_id="views", overflow_behavior="wrap") as tabs:
             with gr.Tab("Overview", id="overview"):
                 fill_overview = overview.build(app)
             with gr.Tab("Layers", id="layers"):

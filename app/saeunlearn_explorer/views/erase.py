@@ -35,7 +35,7 @@ def build(app: Explorer, demo: gr.Blocks) -> gr.State:
     ticket = gr.BrowserState("", storage_key="saeunlearn-explorer-run")  # survives a reload: who has it may cancel
     timer = gr.Timer(POLL, active=False)
     gr.Markdown("Leave a file out to take that of this run. Uploaded files are kept in the cache folder of this "
-                "machine, because the new run directory refers to them; the run directory itself holds no text.")  # fmt: skip
+                "machine: the new run directory refers to them and holds no text itself.")  # fmt: skip
     with gr.Row():
         files = [gr.File(label=label, file_types=TYPES, height=120, elem_id=f"erase-{name}")
                  for name, label in (("forget", "Forget set"), ("retain", "Retain set"),

@@ -19,7 +19,8 @@ DRAWING = """
 <div class="scatter"><canvas role="img" aria-label="forget score against retain score of every feature; the list beside
 it has the same features as buttons"></canvas><div class="tip" hidden></div></div>
 <p class="legend"><span><i class="mark relevant"></i>relevant</span>
-<span><i class="mark irrelevant"></i>irrelevant</span><span><i class="mark chosen"></i>chosen to steer</span><span><i class="mark"></i>other</span></p>
+<span><i class="mark irrelevant"></i>irrelevant</span>
+<span><i class="mark chosen"></i>chosen to steer</span><span><i class="mark"></i>other</span></p>
 """
 
 
