@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,15 +13,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import SENTENCES
-from explored import FORGET, LAYER, NEAR, TEXTS, dense, saes
+from erasures import make
+from explored import FORGET, LAYER, NEAR, TEXTS, dense, opened, saes
 from guarded import random_sae
-from micro import at_step
+from micro import NoTraining, at_step
+from test_tokens import new_token
 from toys import topk_sae
 
 from saeunlearn.corpus import Corpus
 from saeunlearn.errors import Cancelled, ConfigError, RunError, SAEMismatchError
 from saeunlearn.explore import index as module
-from saeunlearn.explore.index import AFTER, BEFORE, SAMPLE, Index, build_index, index_folder
+from saeunlearn.explore.index import AFTER, BEFORE, SAMPLE, Index, build_index, index_folder, run_index
 from saeunlearn.features.topk import Best, Hits
 from saeunlearn.models import LanguageModel
 from saeunlearn.progress import Progress
@@ -244,7 +249,39 @@ def test_memory_does_not_grow_with_the_text(lm: LanguageModel) -> None:
     for k in (1, 6):
         running = module._Running(N, 96, torch.device("cpu"))
         corpus = Corpus(FORGET.records * k, "text")
-        module._read_text(lm, {LAYER: topk_sae(LAYER)}, corpus, {LAYER: running}, 256, 0, Progress(), "x")
+        module._read_text(
+            lm, {LAYER: topk_sae(LAYER)}, corpus, {LAYER: running}, 256, 0, Progress(), "x", nullcontext()
+        )
         sizes.append(SimpleNamespace(bytes=sum(t.numel() for t in running.tensors().values()), n=running.stats))
     assert sizes[0].bytes == sizes[1].bytes
     assert sizes[1].n.positions == 6 * sizes[0].n.positions
+
+
+def test_a_run_is_indexed_while_others_edit_its_model(
+    folder: Path, checkpoints: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAEUNLEARN_HOME", str(tmp_path))
+    monkeypatch.setattr(module, "MAX_ACTIVATIONS", 1)
+    lm = LanguageModel.open(checkpoints("llama"), device="cpu")
+    run, over = opened(lm, weights=make(lm), token=make(lm, [new_token(lm)])), threading.Event()
+
+    def edit() -> None:
+        while not over.is_set():
+            for name in run.erasures:
+                with run.edited(name):
+                    time.sleep(0.001)
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=edit)
+    thread.start()
+    try:
+        index = run_index(run, Progress())
+    finally:
+        over.set()
+        thread.join()
+    assert index.folder.parent == tmp_path / "explorer"
+    assert index.folder == index_folder(lm, run.saes, run.texts)
+    for layer, text in CASES:
+        a, b = index.at(text, layer).stats, Index.open(folder).at(text, layer).stats
+        assert torch.allclose(a.sum_sq, b.sum_sq, rtol=1e-4)
+    assert run_index(run, NoTraining()).folder == index.folder

@@ -13,10 +13,11 @@ import math
 import os
 import threading
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,9 @@ from ..offsets import fingerprint_vocabulary
 from ..progress import Progress
 from ..sandbox.build import cache_dir
 from ..stored import fingerprint_tensors
+
+if TYPE_CHECKING:
+    from .opened import OpenedRun
 
 SCHEMA = 1
 MANIFEST = "index.json"
@@ -170,21 +174,31 @@ def index_folder(model: LanguageModel, saes: Mapping[int, Any], texts: Mapping[s
     return cache_dir() / "explorer" / key[:16]
 
 
+def run_index(run: OpenedRun, progress: Progress) -> Index:
+    """The index of an open run's texts, built where it is not in the cache; the model is held for a batch at a time."""
+    with run.lock:
+        folder = index_folder(run.model, run.saes, run.texts)
+    return build_index(run.model, run.saes, run.texts, folder, progress, lock=run.lock)
+
+
 def build_index(
     model: LanguageModel, saes: Mapping[int, Any], texts: Mapping[str, Corpus], out: Path, progress: Progress, *,
-    n: int = 8, seed: int = 0,
+    n: int = 8, seed: int = 0, lock: AbstractContextManager[Any] | None = None,
 ) -> Index:  # fmt: skip
     """One pass over each text for all its layers that are not in `out` yet; a killed or cancelled build goes on there.
 
-    `n`: top examples of a feature and text. Memory: about (n + SAMPLE)·(BEFORE + AFTER + 6) + BINS numbers a feature
-    and layer, whatever the size of the text. Raises RunError where `out` belongs to another model, SAEs, texts or
-    settings; ConfigError, SAEMismatchError, NonFiniteError, Cancelled.
+    `n`: top examples of a feature and text. `lock`: held while the model is used, for one batch at a time. Memory:
+    about (n + SAMPLE)·(BEFORE + AFTER + 6) + BINS numbers a feature and layer, whatever the size of the text, and the
+    text's own tokens. Raises RunError where `out` belongs to another model, SAEs, texts or settings; ConfigError,
+    SAEMismatchError, NonFiniteError, Cancelled.
     """
     if not saes or not texts or n < 1:
         raise ConfigError(f"an index needs SAEs, texts and n ≥ 1; given: {len(saes)}, {len(texts)} and n = {n}")
     for layer, sae in saes.items():
         check_sae(sae, layer, model)
-    made_from = describe(model, saes, texts)
+    hold = lock or nullcontext()
+    with hold:
+        made_from = describe(model, saes, texts)
     settings = {"n": n, "sample": SAMPLE, "before": BEFORE, "after": AFTER, "bins": [LOWEST, PER_OCTAVE, BINS]}
     versions = {name: importlib.metadata.version(name) for name in ("saeunlearn", "torch", "transformers", "sae_lens")}
     document = {"schema": SCHEMA, "seed": seed, "settings": settings, "versions": versions, **made_from}
@@ -197,7 +211,8 @@ def build_index(
             missing = {i: s for i, s in saes.items() if not (Path(out) / _file(number, i)).exists()}
             running = {i: _Running(n, int(s.cfg.d_sae), model.device) for i, s in missing.items()}
             if missing:
-                _read_text(model, missing, corpus, running, batch_tokens(saes), seed, progress, f"index of {name}")
+                what, size = f"index of {name}", batch_tokens(saes)
+                _read_text(model, missing, corpus, running, size, seed, progress, what, hold)
             for layer, found in running.items():
                 save_tensors(found.tensors(), Path(out) / _file(number, layer))
     return Index.open(out)
@@ -205,16 +220,19 @@ def build_index(
 
 @torch.no_grad()
 def _read_text(model: LanguageModel, saes: Mapping[int, Any], corpus: Corpus, running: Mapping[int, _Running],
-               max_tokens: int, seed: int, progress: Progress, what: str) -> None:  # fmt: skip
-    items = windows(corpus, model)
+               max_tokens: int, seed: int, progress: Progress, what: str, hold: AbstractContextManager[Any]
+               ) -> None:  # fmt: skip
+    with hold:  # an Erasure of a token replaces the tokenizer
+        items = windows(corpus, model)
     records = torch.tensor([w.record for w in items])
     numbered = [replace(w, record=i) for i, w in enumerate(items)]
     random = {i: torch.Generator().manual_seed(seed * 1000 + i) for i in saes}  # the same whichever layers are missing
     progress.start(what, sum(len(w.ids) for w in items))
     for batch in batches(numbered, model.pad_id, max_tokens=max_tokens):
         b = batch.to(model.device)
-        for layer, z, one in batch_stats(model, saes, b):
-            running[layer].update(hits(z, b, records), one, random[layer])
+        with hold:
+            for layer, z, one in batch_stats(model, saes, b):
+                running[layer].update(hits(z, b, records), one, random[layer])
         progress.step(int(batch.attention_mask.sum()))
     progress.finish()
 
