@@ -239,6 +239,17 @@ def test_files_of_the_machine_are_not_served(server: Server) -> None:
     assert status(Path("/etc/passwd")) == 403
 
 
+def test_only_this_machine_and_only_small_files(server: Server) -> None:
+    from gradio_client import Client
+
+    port = int(server.url.rstrip("/").rpartition(":")[2])
+    table = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    assert [row[1] for row in table if row[3] == "0A" and row[1].endswith(f":{port:04X}")] == [f"0100007F:{port:04X}"]
+    config = Client(server.url, verbose=False).config
+    assert config["max_file_size"] == 64 * 2**20 or config["max_file_size"] == 64 * 10**6
+    assert not config["analytics_enabled"]
+
+
 def test_a_deleted_run_is_said_on_the_page(browser: Any, server: Server) -> None:
     with watched_page(browser, server) as w:
         tab(w.page, "Feature")

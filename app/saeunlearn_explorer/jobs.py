@@ -23,7 +23,8 @@ class LiveProgress(Progress):
     def __init__(self) -> None:
         super().__init__()
         self.stage = "starting"
-        self.done, self.total = 0, None
+        self.done = 0
+        self.total: int | None = None
         self.figures: dict[str, Any] = {}
         self.notes: list[str] = []
         self.since = time.monotonic()

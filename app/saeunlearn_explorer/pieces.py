@@ -91,8 +91,12 @@ def fingerprint(value: Any) -> Markup:
 
 def bar(done: float | None, label: str) -> Markup:
     """A progress bar; None: working, but nobody knows how far."""
-    attributes = Markup(' value="{}"').format(f"{done:.4f}") if done is not None else Markup("")
-    return Markup('<progress max="1"{} aria-label="{}"></progress>').format(attributes, label)
+    value = Markup(' aria-valuenow="{:.0f}"').format(100 * done) if done is not None else Markup("")
+    width = f"{100 * (1.0 if done is None else done):.1f}"
+    return Markup(
+        '<div class="progress{}" role="progressbar" aria-valuemin="0" aria-valuemax="100"{} aria-label="{}">'
+        '<i style="width:{}%"></i></div>'
+    ).format(" unknown" if done is None else "", value, label, width)
 
 
 # --- drawings ----------------------------------------------------------------------------------------------
@@ -111,7 +115,7 @@ def whiskers(row: dict[str, Any], low: float, high: float, side: str) -> Markup:
     for when, y in (("before", 8), ("after", 19)):
         if not is_number(row.get(when)):
             continue
-        ends = [row.get(f"{when}_low"), row.get(f"{when}_high")]
+        ends: list[Any] = [row.get(f"{when}_low"), row.get(f"{when}_high")]
         if all(is_number(e) for e in ends):
             marks.append(Markup('<line class="{}" x1="{:.1f}" x2="{:.1f}" y1="{y}" y2="{y}"/>').format(
                 f"range {when}", x(ends[0]), x(ends[1]), y=y))  # fmt: skip
@@ -205,7 +209,7 @@ def tokens(words: Sequence[str], values: Sequence[Any], *, largest: float | None
     most = largest or max([*numbers, 0.0]) or 1.0
     parts = []
     for i, word in enumerate(words):
-        v = values[i] if i < len(values) else None
+        v: Any = values[i] if i < len(values) else None
         share = min(1.0, abs(v) / most) if is_number(v) else 0.0
         classes = "t" + (" down" if is_number(v) and v < 0 and share > 0.02 else "") + (" at" if i == at else "")
         said = f"{unit} {number(v)}" if is_number(v) else "not scored"

@@ -68,19 +68,14 @@ class Explorer:
 
     def _open(self) -> None:
         from saeunlearn.explore.erased import add_erasure
-        from saeunlearn.explore.index import Index, build_index, index_folder
+        from saeunlearn.explore.index import run_index
         from saeunlearn.explore.opened import open_run
 
         try:
             self._run = run = open_run(self.root, erasures=self._made(), progress=self.progress)
             self._opened.set()
             if run.saes:
-                folder = index_folder(run.model, run.saes, run.texts)
-                try:
-                    self._index = Index.open(folder)
-                except RunError:  # none yet, or unfinished
-                    # On a copy, so that visitors can apply Erasures meanwhile.
-                    self._index = build_index(run.model.copy(), run.saes, run.texts, folder, self.progress)
+                self._index = run_index(run, self.progress)
                 self._ready.set()
                 for name in list(run.erasures):
                     add_erasure(run, self._index, name, self.progress)
@@ -149,8 +144,7 @@ class Explorer:
         """The name, where a new Erasure can have it. Raises ConfigError for a taken or odd one."""
         if not re.fullmatch(r"\w[\w.-]{0,59}", name):
             raise ConfigError(f"{name!r} cannot be a name: use letters, digits, - and _")
-        taken = [d for d in (self.root / MADE / name, self.root / GUARDS / name) if d.exists()]
-        if taken or name in ("original", *self.names()):
+        if name in ("original", *self.names()) or (self.root / GUARDS / name).exists():
             raise ConfigError(f"there is an Erasure {name} already: choose another name")
         return name
 
@@ -180,7 +174,7 @@ class Explorer:
 
     def documents(self) -> dict[str, dict[str, Any]]:
         """The report documents of this run and of the finished ones made on the page, by name."""
-        found = {"this run": document(self.root)}
+        found = {f"{self.info['config']['method']} (this run)": document(self.root)}
         for file in sorted((self.root / MADE).glob("*/report.json")):
             found[file.parent.name] = document(file.parent)
         return found

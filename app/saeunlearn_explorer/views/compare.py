@@ -173,7 +173,7 @@ def residual(rows: list[dict[str, Any]]) -> Markup:
                 kind, 100 * r[kind] * r["total"] / most, kind, percent(r[kind]))
             for kind in KINDS if r[kind] is not None)  # fmt: skip
         shares = " / ".join(percent(r[kind]) for kind in KINDS)
-        lines.append((r["layer"], Markup('<div class="stack">{}</div>').format(parts), percent(r["total"]), shares))
+        lines.append((r["layer"], Markup('<div class="stack">{}</div>').format(parts), number(r["total"]), shares))
     legend = Markup('<p class="legend"><span><i class="mark relevant"></i>relevant subspace</span><span><i class="mark '
                     'irrelevant"></i>irrelevant subspace</span><span><i class="mark square"></i>outside both</span></p>'
                     '<p class="soft">The subspaces are those of the layer that the run chose.</p>')  # fmt: skip

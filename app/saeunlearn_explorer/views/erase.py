@@ -125,7 +125,7 @@ def shown(job: Job) -> Markup:
     if job.status == "failed":
         return note(f"The run {job.name} failed: {job.error}", "error")
     if job.status == "cancelled":
-        return note(f"The run {job.name} was cancelled; what it had finished lies in {job.root}.", "info")
+        return note(f"The run {job.name} was cancelled: the same name and settings go on from where it was.", "info")
     if job.status == "done":
         return note(f"The Erasure {job.name} is made ({job.seconds:.0f} s): it is in the list of Compare.", "info")
     left = p.seconds_left()
@@ -153,8 +153,8 @@ def _known(name: str) -> Markup:
     """The settings of a method with their defaults."""
     rows = []
     for f in dataclasses.fields(get_method(name).Config):
-        default = f.default if f.default is not dataclasses.MISSING else f.default_factory()  # type: ignore[misc]
-        rows.append((f.name, f.type, default))
+        known = f.default is not dataclasses.MISSING
+        rows.append((f.name, f.type, f.default if known else "made anew for each run"))
     content = table(["setting", "kind", "default"], rows, label=f"settings of {name}")
     return fold(f"What {name} can be told", content)
 

@@ -68,7 +68,7 @@ def listing(view: dict[str, Any]) -> Markup:
     rank = {"chosen": 0, "relevant": 1, "irrelevant": 3, "": 2}
     rows = sorted(zip(view["features"], view["forget"], view["retain"], view["marks"], view["tokens"]),
                   key=lambda r: (rank[r[3]], -r[1]))[:LISTED]  # fmt: skip
-    lines = [(link(view["layer"], f), m, number(a), number(b), join(chip(t) for t in tokens[:3]))
+    lines = [(link(view["layer"], f), m, number(a), number(b), join(chip(t) for t in tokens[:2]))
              for f, a, b, m, tokens in rows]  # fmt: skip
     head = ["feature", "mark", "forget", "retain", "most active on"]
     return Markup('<div class="tall">{}</div>').format(table(head, lines, right=[2, 3], label="features of the layer"))

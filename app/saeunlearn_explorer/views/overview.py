@@ -109,7 +109,7 @@ def done(doc: Mapping[str, Any]) -> Markup:
     chosen = f"layer {features['layer']}, {len(features['relevant'])} relevant features" if features else "none"
     items = [("method", made["method"] or "–"), ("features", chosen), ("weights changed", count),
              ("seed", number(made["seed"])), ("Erasure", fingerprint(made["erasure_id"])),
-             ("made", made["created"] or "–"), ("seconds", number(made["seconds"]))]  # fmt: skip
+             ("made", made["created"] or "–"), ("time of the run", f"{number(made['seconds'])} s")]  # fmt: skip
     settings = table(["setting", "value"], [(k, json.dumps(v)) for k, v in made["config"].items()], label="settings")
     return join([pairs(items), fold("Settings of the method", settings)])
 
@@ -122,6 +122,7 @@ def comparison(rows: Sequence[dict[str, Any]]) -> Markup:
     for metric, label in METRICS.items():
         if not (own := [r for r in rows if r["metric"] == metric]):
             continue
+        own.sort(key=lambda r: not is_forget(r["group"]))
         ends = [v for r in own for k in ("before_low", "before_high", "after_low", "after_high", "before", "after")
                 if (v := r.get(k)) is not None]  # fmt: skip
         low, high = (min(ends), max(ends)) if metric == "nll" else (0.0, 1.0)
@@ -165,7 +166,8 @@ def layers(selection: Mapping[str, Any]) -> Markup:
 def attacks(doc: Mapping[str, Any]) -> Markup:
     found = doc["attacks"]
     if not found or not found["attacks"]:
-        return note("Not attacked: whether the knowledge comes back was not tried (see `saeunlearn attack`).", "info")
+        said = "Not attacked: whether the knowledge comes back was not tried (<code>saeunlearn attack</code> tries)."
+        return note(Markup(said), "info")
     first = [] if found["this_erasure"] else [note("These attacks were made on another Erasure.")]
     rows = [(a["name"], score(a["accuracy"], found["metric"]),
              under(percent(a["recovered"]), f"{percent(a['recovered_low'])} … {percent(a['recovered_high'])}"),
