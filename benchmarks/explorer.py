@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from saeunlearn_explorer.state import read_json
+from saeunlearn_explorer.state import Explorer, read_json
 
 from saeunlearn.checkpoints import write_json
 from saeunlearn.corpus import Corpus
@@ -97,12 +97,12 @@ def measured(run: Path) -> dict[str, Any]:
         found["everything opened"] = time.perf_counter() - started
         page.close()
         client = Client(url, verbose=False)
-        layers = [r["layer"] for r in read_json(run / "selection.json")["layers"]]
-        relevant = read_json(run / "selection.json")["relevant"]
-        chosen = read_json(run / "selection.json")["layer"]
-        found["a layer, first time"] = median(lambda i: client.predict(layers[i], {}, api_name="/layer"), len(layers))
-        found["a layer"] = median(lambda i: client.predict(layers[i % len(layers)], {}, api_name="/layer"), 8)
-        found["a feature"] = median(
+        layers, relevant, chosen = (read_json(run / "selection.json")[k] for k in ("layers", "relevant", "layer"))
+        numbers = [r["layer"] for r in layers]
+        found["a layer, with its way to the client"] = median(
+            lambda i: client.predict(numbers[i % len(numbers)], {}, api_name="/layer"), 8
+        )
+        found["a feature, with its way to the client"] = median(
             lambda i: client.predict(chosen, str(relevant[i]), api_name="/feature"), len(relevant)
         )
         name = read_json(run / "run.json")["config"]["method"]
@@ -119,7 +119,28 @@ def measured(run: Path) -> dict[str, Any]:
             said = list(pool.map(lambda i: compare(clients[i], i), range(VISITORS)))
         found[f"{VISITORS} visitors, the slowest comparison"] = time.perf_counter() - began
         found["visitors answered"] = sum(not trouble and "model" in content for trouble, content in said)
-    return found
+    return found | in_process(run)
+
+
+def in_process(run: Path) -> dict[str, float]:
+    """Seconds of the server's own part of a switch: computing and rendering, the model opened and nothing kept yet."""
+    from saeunlearn_explorer.views import feature, layers
+
+    from saeunlearn.explore.feature import feature_view, layer_view
+
+    app = Explorer(run)
+    opened_run, index = app.run(), app.index_when_ready()
+    choice = read_json(run / "selection.json")
+
+    def layer(i: int) -> Any:
+        view = layer_view(opened_run, index, i)
+        return "", layers.listing(view), layers.described(view)
+
+    def one(i: int) -> Any:
+        return "", feature.rendered(feature_view(opened_run, index, choice["layer"], choice["relevant"][i]))
+
+    one(0)
+    return {"a layer": median(layer, len(choice["layers"])), "a feature": median(one, len(choice["relevant"]))}
 
 
 def median(do: Any, n: int) -> float:

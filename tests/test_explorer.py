@@ -158,7 +158,7 @@ def test_one_run_at_a_time_and_only_its_owner_cancels(monkeypatch: pytest.Monkey
             progress.step(loss=1.0)
             time.sleep(0.005)
 
-    monkeypatch.setattr(jobs, "unlearn", endless)
+    monkeypatch.setattr("saeunlearn.pipeline.unlearn", endless)
     all_jobs, config = Jobs(), Any
     first = all_jobs.start(config, tmp_path, "first")
     with pytest.raises(RunError, match="one at a time"):
@@ -181,7 +181,7 @@ def test_a_run_that_fails_says_why_and_makes_room(monkeypatch: pytest.MonkeyPatc
     def fails(config: Any, root: Path, progress: Progress) -> None:
         raise config
 
-    monkeypatch.setattr(jobs, "unlearn", fails)
+    monkeypatch.setattr("saeunlearn.pipeline.unlearn", fails)
     all_jobs = Jobs()
     for error, traced in ((ConfigError("no such setting"), False), (ZeroDivisionError("a mistake"), True)):
         job = all_jobs.start(error, tmp_path, "x", lambda job: ran.set())  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from saeunlearn.evaluation.removal import is_number
+from saeunlearn.evaluation.meaning import is_number
 
 from .pieces import join, note, number, score, table
 

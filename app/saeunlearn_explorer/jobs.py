@@ -8,11 +8,13 @@ import traceback
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from saeunlearn.errors import Cancelled, RunError, SaeunlearnError
-from saeunlearn.pipeline import RunConfig, unlearn
 from saeunlearn.progress import Progress
+
+if TYPE_CHECKING:
+    from saeunlearn.pipeline import RunConfig
 
 NOTES = 6  # lines of the run that are shown
 
@@ -101,6 +103,8 @@ class Jobs:
         job.progress.cancelled = True
 
     def _carry_out(self, job: Job, config: RunConfig, after: Any) -> None:
+        from saeunlearn.pipeline import unlearn
+
         status: Literal["done", "cancelled", "failed"] = "failed"
         try:
             unlearn(config, job.root, job.progress)

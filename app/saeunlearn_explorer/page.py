@@ -46,8 +46,8 @@ def make_page(app: Explorer) -> gr.Blocks:
                 compared = compare.build(app)
             with gr.Tab("Steer", id="steer"):
                 steered = steer.build(app, layer, shown.field, chosen)
-            with gr.Tab("Erase", id="erase"):
-                finished = erase.build(app, demo)
+            with gr.Tab("Erase", id="erase") as erase_tab:
+                erasing = erase.build(app, demo)
 
         def look(before: bool) -> tuple[Any, ...]:
             """Where the opening is; the last look says that it has ended."""
@@ -97,7 +97,8 @@ def make_page(app: Explorer) -> gr.Blocks:
             part.select(safely(open_feature, 4), layer, [shown.message, layer, shown.field, tabs, shown.content],
                         show_progress="minimal", api_visibility="private")  # fmt: skip
         shown.steer.click(*steered.add, **quiet).then(lambda: gr.Tabs(selected="steer"), None, tabs, **quiet)
-        finished.change(land, finished, [compared.names, compared.prompt, compared.answers, tabs,
+        erase_tab.select(*erasing.fill, **quiet)
+        erasing.finished.change(land, erasing.finished, [compared.names, compared.prompt, compared.answers, tabs,
                                                   *compared.run[2]], api_visibility="private")  # fmt: skip
     return demo
 

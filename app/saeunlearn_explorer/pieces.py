@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from saeunlearn.evaluation.removal import is_number
+from saeunlearn.evaluation.meaning import is_number
 
 WIDE = 132.0  # width of the drawing of an interval, in its own units
 

@@ -17,7 +17,6 @@ from typing import Any
 import gradio as gr
 
 from saeunlearn.errors import ConfigError, RunError, SaeunlearnError
-from saeunlearn.evaluation.removal import gather
 
 from .jobs import Jobs, LiveProgress
 from .pieces import note
@@ -115,6 +114,12 @@ class Explorer:
             raise self._error
         return self._index
 
+    def index_when_ready(self) -> Any:
+        """The Index, waited for."""
+        self.run()
+        self._ready.wait()
+        return self.index()
+
     # --- Erasures made on the page ---------------------------------------------------------------------
 
     def _made(self) -> dict[str, Path]:
@@ -174,7 +179,7 @@ class Explorer:
 
     def documents(self) -> dict[str, dict[str, Any]]:
         """The report documents of this run and of the finished ones made on the page, by name."""
-        found = {f"{self.info['config']['method']} (this run)": document(self.root)}
+        found = {f"{self.info['config'].get('method', 'run')} (this run)": document(self.root)}
         for file in sorted((self.root / MADE).glob("*/report.json")):
             found[file.parent.name] = document(file.parent)
         return found
@@ -183,7 +188,11 @@ class Explorer:
 def document(root: Path) -> dict[str, Any]:
     """report.json where there is one, else the same document made from the other files. Raises RunError."""
     doc = read_json(root / "report.json")
-    return doc if doc.get("schema") and "comparison" in doc else gather(root, include_text=True)
+    if doc.get("schema") and "comparison" in doc:
+        return doc
+    from saeunlearn.evaluation.removal import gather
+
+    return gather(root, include_text=True)
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -7,29 +7,37 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 from markupsafe import Markup
 
 from saeunlearn.errors import ConfigError, RunError, SaeunlearnError
-from saeunlearn.methods import get_method, known_methods
 from saeunlearn.options import further_settings
-from saeunlearn.pipeline import RunConfig
-from saeunlearn.sandbox.build import cache_dir
 
 from ..jobs import Job
 from ..links import panel
 from ..pieces import bar, fold, join, note, number, table
 from ..state import MADE, Explorer, safely, whole, words
 
+if TYPE_CHECKING:
+    from saeunlearn.pipeline import RunConfig
+
 TYPES = [".jsonl", ".json", ".csv", ".txt", ".parquet"]
 POLL = 0.7  # seconds between two looks at the run
 MAIN = ("max_retain_rise",)  # a field of its own; the method's other settings are NAME=VALUE lines
 
 
-def build(app: Explorer, demo: gr.Blocks) -> gr.State:
-    """The view's components. The state that is returned changes to a run's name when that visitor's run is done."""
+@dataclasses.dataclass(frozen=True)
+class View:
+    """What the page connects: `finished` changes to a name when the visitor's run is done; `fill` lists the methods."""
+
+    finished: gr.State
+    fill: tuple[Any, gr.Dropdown, list[Any]]
+
+
+def build(app: Explorer, demo: gr.Blocks) -> View:
+    """The view's components."""
     own = app.info["config"]
     finished = gr.State("")
     ticket = gr.BrowserState("", storage_key="saeunlearn-explorer-run")  # survives a reload: who has it may cancel
@@ -41,7 +49,8 @@ def build(app: Explorer, demo: gr.Blocks) -> gr.State:
                  for name, label in (("forget", "Forget set"), ("retain", "Retain set"),
                                      ("questions", "Questions to evaluate with"))]  # fmt: skip
     with gr.Row():
-        method = gr.Dropdown(_methods(), value=own["method"], label="Method", elem_id="erase-method")
+        method = gr.Dropdown([own["method"]], value=own["method"], label="Method", allow_custom_value=True,
+                             elem_id="erase-method")  # fmt: skip
         layer = gr.Textbox(label="Layer", placeholder="automatic", elem_id="erase-layer")
         k = gr.Textbox(label="K (relevant features)", placeholder="automatic", elem_id="erase-k")
         rise = gr.Textbox(label="Allowed rise of the retain loss", placeholder="the method's default (0.02 is 2 %)",
@@ -51,7 +60,7 @@ def build(app: Explorer, demo: gr.Blocks) -> gr.State:
         with gr.Column():
             settings = gr.Textbox(label="Other settings of the method, NAME=VALUE a line", lines=6, max_lines=12,
                                   value=_lines(own["settings"]), elem_id="erase-settings")  # fmt: skip
-            known = panel(_known(own["method"]))
+            known = panel()
         with gr.Column():
             name = gr.Textbox(label="Name of the new Erasure", placeholder="method and a number", elem_id="erase-name")
             keep = gr.Checkbox(label="Keep samples of the text in the new run directory and its report", value=False)
@@ -84,13 +93,13 @@ def build(app: Explorer, demo: gr.Blocks) -> gr.State:
         app.jobs.cancel(ticket)
         return str(note("Cancelling at the next step …", "info"))
 
-    method.change(choose, method, [settings, known], api_visibility="private")
+    method.change(safely(choose, 2), method, [message, settings, known], api_visibility="private")
     given = [*files, method, layer, k, rise, seed, settings, name, keep]
     start.click(safely(begin, 4), given, [message, ticket, timer, status, stop], api_name="erase")
     timer.tick(look, ticket, [timer, status, stop, finished], show_progress="hidden", api_visibility="private")
     demo.load(look, ticket, [timer, status, stop, finished], show_progress="hidden", api_visibility="private")
     stop.click(safely(cancel, 1), ticket, [message, status], api_visibility="private")
-    return finished
+    return View(finished, (lambda name: (gr.Dropdown(choices=_methods()), str(_known(name))), method, [method, known]))
 
 
 def configured(app: Explorer, uploads: list[str | None], method: str, layer: str, k: str, rise: str, seed: float,
@@ -99,6 +108,8 @@ def configured(app: Explorer, uploads: list[str | None], method: str, layer: str
 
     Raises ConfigError for what is no number or no setting.
     """
+    from saeunlearn.pipeline import RunConfig
+
     own = RunConfig(**app.alive()["config"])
     forget, retain, questions = (_kept(f) for f in uploads)
     same_data = forget is None and retain is None
@@ -140,6 +151,8 @@ def shown(job: Job) -> Markup:
 
 def _methods() -> list[tuple[str, str]]:
     """(label, name); methods of packages that do not load are left out (`saeunlearn methods` names them)."""
+    from saeunlearn.methods import get_method, known_methods
+
     out = []
     for name in known_methods():
         try:
@@ -150,7 +163,9 @@ def _methods() -> list[tuple[str, str]]:
 
 
 def _known(name: str) -> Markup:
-    """The settings of a method with their defaults."""
+    """The settings of a method with their defaults. Raises ConfigError for an unknown one."""
+    from saeunlearn.methods import get_method
+
     rows = []
     for f in dataclasses.fields(get_method(name).Config):
         known = f.default is not dataclasses.MISSING
@@ -178,6 +193,8 @@ def _kept(upload: str | None) -> str | None:
     """An uploaded file moved to where it stays, named by its content."""
     if upload is None:
         return None
+    from saeunlearn.sandbox.build import cache_dir
+
     source = Path(upload)
     if source.suffix.lower() not in TYPES:
         raise RunError(f"{source.name}: upload one of {', '.join(TYPES)}")

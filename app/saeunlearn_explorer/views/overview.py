@@ -10,8 +10,7 @@ from typing import Any
 import gradio as gr
 from markupsafe import Markup
 
-from saeunlearn.evaluation.evaluate import is_forget
-from saeunlearn.evaluation.removal import METRICS
+from saeunlearn.evaluation.meaning import METRICS, is_forget
 
 from ..frontier import frontier
 from ..links import panel
