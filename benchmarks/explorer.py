@@ -37,14 +37,13 @@ WIDTH, NARROW = 1280, 390
 
 
 @contextmanager
-def serving(run: Path) -> Iterator[tuple[str, float]]:
-    """(URL, when it was started) of `saeunlearn explore RUN` in a process of its own."""
+def serving(*command: str) -> Iterator[tuple[str, float]]:
+    """(URL, when it was started) of `python COMMAND PORT` in a process of its own, once it answers."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     started = time.perf_counter()
-    command = [sys.executable, "-m", "saeunlearn.cli", "explore", str(run), "--port", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, *command, str(port)], stdout=subprocess.DEVNULL)
     try:
         while process.poll() is None:
             try:
@@ -56,6 +55,10 @@ def serving(run: Path) -> Iterator[tuple[str, float]]:
     finally:
         process.terminate()
         process.wait()
+
+
+def exploring(run: Path) -> Any:
+    return serving("-m", "saeunlearn.cli", "explore", str(run), "--port")
 
 
 @contextmanager
@@ -76,23 +79,27 @@ def opened(browser: Any, url: str, width: int = WIDTH, theme: str = "light") -> 
     return page
 
 
-def imports() -> float:
-    """Seconds that a process needs to import gradio and PyTorch, which are not ours."""
-    started = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "import gradio, torch"], check=True)
-    return time.perf_counter() - started
+BARE = """
+import sys
+import gradio as gr
+with gr.Blocks(analytics_enabled=False) as demo:
+    gr.HTML("nothing")
+demo.launch(server_name="127.0.0.1", server_port=int(sys.argv[1]), ssr_mode=False, quiet=True)
+"""
 
 
 def measured(run: Path) -> dict[str, Any]:
     """Seconds of everything that has a bar, and what else is worth knowing."""
     from gradio_client import Client
 
-    found: dict[str, Any] = {"importing gradio and torch": imports()}
-    with chromium() as browser, serving(run) as (url, started):
+    found: dict[str, Any] = {}
+    with serving("-c", BARE) as (_, started):
+        found["an empty Gradio page served"] = time.perf_counter() - started
+    with chromium() as browser, exploring(run) as (url, started):
         found["page served"] = time.perf_counter() - started
         page = opened(browser, url)
         found["first page"] = time.perf_counter() - started
-        found["first page, imports taken off"] = found["first page"] - found["importing gradio and torch"]
+        found["first page, beyond an empty Gradio page"] = found["first page"] - found["an empty Gradio page served"]
         page.wait_for_function("!document.querySelector('#status .opening')", timeout=900_000)
         found["everything opened"] = time.perf_counter() - started
         page.close()
@@ -170,7 +177,7 @@ def pictures(run: Path, out: Path) -> None:
     with tempfile.TemporaryDirectory() as folder, chromium() as browser:
         copy = Path(folder) / "demo"
         shutil.copytree(run, copy, ignore=shutil.ignore_patterns("erasures", "guards"))
-        with serving(copy) as (url, _):
+        with exploring(copy) as (url, _):
             page = opened(browser, url)
             page.set_default_timeout(600_000)
             page.wait_for_function("!document.querySelector('#status .opening')")
@@ -204,7 +211,10 @@ def pictures(run: Path, out: Path) -> None:
             question = questions(run)[0]
             for i, feature in enumerate(read_json(run / "selection.json")["relevant"][:4]):
                 fill(page, f"steer-feature-{i}", str(feature))
-                page.locator(f"#steer-value-{i} input[type=number]").fill("5")
+            page.locator("#steer-mode-0 input").click()
+            page.get_by_role("option", name="clamp").click()
+            page.wait_for_timeout(1500)
+            page.locator("#steer-value-0 input[type=number]").fill("30")
             fill(page, "steer-prompt", question.question)
             page.locator("#steer-run").click()
             page.wait_for_selector("#steer .model >> nth=1")

@@ -6,6 +6,7 @@ import json
 import re
 import threading
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from saeunlearn_explorer.jobs import Jobs, LiveProgress
 from saeunlearn_explorer.pieces import chip, histogram, note, number, table, tokens, whiskers
 from saeunlearn_explorer.state import Explorer, document, safely, whole
 from saeunlearn_explorer.views import compare, steer
+from saeunlearn_explorer.views.erase import configured
 from saeunlearn_explorer.views.overview import overview
 
 from saeunlearn.errors import ConfigError, RunError
+from saeunlearn.pipeline import RunConfig
 from saeunlearn.progress import Progress
 
 EVIL = '<img src=x onerror=alert(1)>"&{{value}}${1+1}'
@@ -140,6 +143,45 @@ def test_choice_of_features() -> None:
 def test_whole_numbers_only(value: Any) -> None:
     with pytest.raises(ConfigError, match="whole number"):
         whole(value, "it")
+
+
+def test_the_form_becomes_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = RunConfig(model="m", forget="f.jsonl", retain="r.jsonl", questions="q.jsonl", select={"k": 4}, seed=3)
+    run, home = tmp_path / "run", tmp_path / "home"
+    (run / "saes").mkdir(parents=True)
+    (run / "run.json").write_text(json.dumps({"key": own.key(), "config": asdict(own)}))
+    (run / "selection.json").write_text("{}")
+    (run / "saes" / "saes.json").write_text("{}")
+    monkeypatch.setenv("SAEUNLEARN_HOME", str(home))
+    app = Explorer(run)
+    same = configured(app, [None, None, None], "rmu", "", "", "0.05", 7, "lr=0.1\n\n weights=all ", True)
+    assert same == replace(own, method="rmu", settings={"lr": 0.1, "weights": "all", "max_retain_rise": 0.05},
+                           seed=7, saes=str(run / "saes"), selection=str(run / "selection.json"),
+                           include_text=True)  # fmt: skip
+    chosen = configured(app, [None, None, None], "rmu", "2", "8", "", 0, "", False)
+    assert (chosen.select, chosen.selection) == ({"k": 8, "layer": 2}, None)  # other features: select anew
+    upload = tmp_path / "mine.jsonl"
+    upload.write_text('{"text": "a secret"}')
+    other = configured(app, [str(upload), None, None], "rmu", "", "", "", 0, "", False)
+    assert Path(other.forget).parents[1] == home / "uploads"
+    assert Path(other.forget).read_text() == upload.read_text()
+    assert (other.retain, other.questions, other.selection) == ("r.jsonl", None, None)
+    for wrong, said in (({"layer": "two"}, "whole number"), ({"rise": "much"}, "must be a number"),
+                        ({"lines": "lr"}, "NAME=VALUE"), ({"seed": None}, "seed")):  # fmt: skip
+        given: dict[str, Any] = {"layer": "", "k": "", "rise": "", "seed": 0, "lines": "", "keep": False, **wrong}
+        with pytest.raises(ConfigError, match=said):
+            configured(app, [None, None, None], "rmu", **given)
+    with pytest.raises(RunError, match="upload one of"):
+        configured(app, [str(tmp_path / "x.exe"), None, None], "rmu", "", "", "", 0, "", False)
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", "../up", ".hidden", "x" * 80, "original", "sspu"])
+def test_names_that_cannot_be(run_dir: Path, name: str) -> None:
+    info = json.loads((run_dir / "run.json").read_text())
+    (run_dir / "run.json").write_text(json.dumps({**info, "config": {"method": "sspu"}}))
+    with pytest.raises(ConfigError, match="name"):
+        Explorer(run_dir).free_name(name)
+    assert Explorer(run_dir).free_name("mine-2") == "mine-2"
 
 
 # --- the run in a thread -----------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from browser import Server, Watched, chromium_or_skip, serving, watched_page
+from micro import MARKER, SECRET
 
 from saeunlearn.cli import main
 from saeunlearn.erasure import Erasure
@@ -192,6 +193,8 @@ def test_an_erasure_is_made_to_its_end(seen: Watched, server: Server, tmp_path: 
     page.wait_for_selector("text=Invalid file type")
     page.reload()
     page.wait_for_selector(".overview :text('second')")  # the frontier has it
+    page.wait_for_timeout(1500)
+    assert page.get_by_role("tab", name="Overview").get_attribute("aria-selected") == "true"  # no second landing
 
 
 def test_views_at_390_pixels_and_in_the_dark(browser: Any, server: Server) -> None:
@@ -248,6 +251,16 @@ def test_only_this_machine_and_only_small_files(server: Server) -> None:
     config = Client(server.url, verbose=False).config
     assert config["max_file_size"] == 64 * 2**20 or config["max_file_size"] == 64 * 10**6
     assert not config["analytics_enabled"]
+
+
+def test_nothing_written_holds_the_forget_text(server: Server) -> None:
+    """Neither the index, nor the guards and runs made on the page, nor what the server prints."""
+    files = [f for root in (server.run, server.log.parent / "home") for f in root.rglob("*") if f.is_file()]
+    assert any("explorer" in f.parts for f in files)
+    for file in (*files, server.log):
+        content = file.read_bytes()
+        assert MARKER.encode() not in content, file
+        assert SECRET.encode() not in content, file
 
 
 def test_a_deleted_run_is_said_on_the_page(browser: Any, server: Server) -> None:

@@ -110,16 +110,16 @@ def _progress(p: LiveProgress) -> Markup:
     )
 
 
-def launch(app: Explorer, port: int | None = None, share: bool = False, block: bool = True) -> gr.Blocks:
+def launch(app: Explorer, port: int | None = None, share: bool = False) -> gr.Blocks:
     """Serve the page on this machine's loopback address; with `share` also under a public link of gradio's.
 
-    Raises RunError where the port is taken.
+    The server runs in a thread. Raises RunError where the port is taken.
     """
     demo = make_page(app)
     demo.queue(default_concurrency_limit=VISITORS, max_size=10 * VISITORS)
     try:
         demo.launch(
-            server_name=LOOPBACK, server_port=port, share=share, prevent_thread_lock=not block, quiet=not block,
+            server_name=LOOPBACK, server_port=port, share=share, prevent_thread_lock=True, quiet=True,
             css_paths=[HERE / "explorer.css"], theme=_theme(), footer_links=[], run_history=False, ssr_mode=False,
             enable_monitoring=False, mcp_server=False, pwa=False, max_file_size=MAX_UPLOAD, max_threads=VISITORS,
             allowed_paths=[str(app.root / "report.html")], blocked_paths=[], show_error=True, strict_cors=True,
@@ -131,7 +131,12 @@ def launch(app: Explorer, port: int | None = None, share: bool = False, block: b
 
 def explore(root: str | Path, port: int | None = None, share: bool = False) -> None:
     """Open a run directory and serve its page until it is interrupted. Raises RunError for what is no run."""
-    launch(Explorer(root), port, share)
+    app = Explorer(root)
+    demo = launch(app, port, share)
+    print(f"{app.root.name}: {demo.local_url} (Ctrl-C ends it)", flush=True)
+    if demo.share_url:
+        print(f"public, for whoever has the link: {demo.share_url}", flush=True)
+    demo.block_thread()
 
 
 def _header(app: Explorer) -> Markup:

@@ -89,6 +89,11 @@ def build(app: Explorer, demo: gr.Blocks) -> View:
         ended = gr.skip() if job.status != "done" else f"{job.name} {job.id}"
         return gr.Timer(active=going), str(shown(job)), gr.Button(interactive=going), ended
 
+    def resume(ticket: str) -> tuple[Any, ...]:
+        """The page was loaded (again): a run that is going on is shown, one that has ended is history."""
+        job = app.jobs.get(ticket)
+        return look("" if job is None or job.status != "running" else ticket)
+
     def cancel(ticket: str) -> str:
         app.jobs.cancel(ticket)
         return str(note("Cancelling at the next step …", "info"))
@@ -97,7 +102,7 @@ def build(app: Explorer, demo: gr.Blocks) -> View:
     given = [*files, method, layer, k, rise, seed, settings, name, keep]
     start.click(safely(begin, 4), given, [message, ticket, timer, status, stop], api_name="erase")
     timer.tick(look, ticket, [timer, status, stop, finished], show_progress="hidden", api_visibility="private")
-    demo.load(look, ticket, [timer, status, stop, finished], show_progress="hidden", api_visibility="private")
+    demo.load(resume, ticket, [timer, status, stop, finished], show_progress="hidden", api_visibility="private")
     stop.click(safely(cancel, 1), ticket, [message, status], api_visibility="private")
     return View(finished, (lambda name: (gr.Dropdown(choices=_methods()), str(_known(name))), method, [method, known]))
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import gradio as gr
 from markupsafe import Markup
@@ -179,5 +180,5 @@ def report_link(root: Path) -> Markup:
     if not page.exists():
         return Markup("")
     return Markup('<p><a href="gradio_api/file={}" target="_blank" rel="noopener">The whole report</a></p>').format(
-        page.resolve()
+        quote(str(page.resolve()))
     )
