@@ -22,7 +22,7 @@ from saeunlearn.pipeline import RunConfig
 LAYER = 1
 RELEVANT, IRRELEVANT = [5, 40, 77], [3, 8]
 # A record longer than the context comes in several windows, of which the largest activation may be in any.
-FORGET = Corpus.of([*SENTENCES[:9], " ".join(SENTENCES[9:14])], "forget")
+FORGET = Corpus.of([*SENTENCES[:9], " ".join(SENTENCES[9:14]), " ".join(SENTENCES[22:46])], "forget")
 NEAR = Corpus.of([s.replace("keeps", "sold") for s in SENTENCES[14:22]], "near")
 TEXTS = {"forget": FORGET, "near": NEAR}
 
