@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,9 +41,9 @@ def build(app: Explorer, layer: gr.Dropdown, field: gr.Textbox, chosen: gr.State
             index = app.index()
             top = [index.at(text, layer).top["value"] for text in index.texts]
             if int(words(feature)) < top[0].shape[1]:
-                high = max(1.0, 2 * max(float(t[:, int(words(feature))].max()) for t in top))
+                high = math.ceil(2 * max(float(t[:, int(words(feature))].max()) for t in top)) or 1
                 low = -high
-        return gr.Slider(minimum=low, maximum=round(high, 1), value=value)
+        return gr.Slider(minimum=low, maximum=high, value=value)
 
     gr.Markdown("`scale` multiplies a feature's activation (0 takes it out); `clamp` sets it, as a guard does.")
     slots: list[tuple[gr.Textbox, gr.Dropdown, gr.Slider]] = []
