@@ -87,7 +87,7 @@ class ConsoleProgress(Progress):
         elif (now := time.monotonic()) - self._said >= SAY_EVERY:
             self._said = now
             left = ""
-            if self._total:
+            if self._total and self._done:
                 eta = (now - self._started) / self._done * (self._total - self._done)
                 left = f"/{self._total}, {max(0.0, eta):.0f} s left"
             print(f"  {self._what}: {self._done}{left}", file=sys.stderr, flush=True)

@@ -20,10 +20,10 @@ from micro import NoTraining, at_step
 from test_tokens import new_token
 from toys import topk_sae
 
-from saeunlearn.corpus import Corpus
-from saeunlearn.errors import Cancelled, ConfigError, RunError, SAEMismatchError
+from saeunlearn.corpus import Corpus, windows
+from saeunlearn.errors import Cancelled, ConfigError, CorpusError, RunError, SAEMismatchError
 from saeunlearn.explore import index as module
-from saeunlearn.explore.index import AFTER, BEFORE, SAMPLE, Index, build_index, index_folder, run_index
+from saeunlearn.explore.index import AFTER, BEFORE, SAMPLE, Index, build_index, index_folder, run_index, tokenised
 from saeunlearn.features.topk import Best, Hits
 from saeunlearn.models import LanguageModel
 from saeunlearn.progress import Progress
@@ -132,11 +132,14 @@ def test_batches_do_not_matter(
     lm: LanguageModel, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "MAX_ACTIVATIONS", 1)  # batches of 64 tokens
+    monkeypatch.setattr(module, "CHUNK", 4)
     small = build_index(lm, saes(), TEXTS, tmp_path / "small", Progress(), n=N)
     for layer, text in CASES:
         a, b = small.at(text, layer), Index.open(folder).at(text, layer)
         assert torch.allclose(a.top["value"], b.top["value"], rtol=1e-4, atol=1e-3)
         assert torch.equal(a.top["place"] < 0, b.top["place"] < 0)
+        same = (a.top["place"] == b.top["place"]).all(0)  # but for equal activations of equal beginnings
+        assert float(same.double().mean()) > 0.8
         assert int((a.histogram - b.histogram).abs().sum()) <= 2
         assert torch.allclose(a.stats.sum_sq, b.stats.sum_sq, rtol=1e-4)
 
@@ -285,3 +288,28 @@ def test_a_run_is_indexed_while_others_edit_its_model(
         a, b = index.at(text, layer).stats, Index.open(folder).at(text, layer).stats
         assert torch.allclose(a.sum_sq, b.sum_sq, rtol=1e-4)
     assert run_index(run, NoTraining()).folder == index.folder
+
+
+def test_chunks_are_the_windows_of_the_whole(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK", 4)
+    parts = list(tokenised(FORGET, lm))
+    assert [n for _, n in parts] == [4, 4, 3]
+    assert [w for items, _ in parts for w in items] == windows(FORGET, lm)
+
+
+def test_a_chunk_without_a_word_is_passed_over(checkpoints: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK", 2)
+    gpt2 = LanguageModel.open(checkpoints("gpt2"), device="cpu")  # no BOS: a text of one token has no window
+    corpus = Corpus.of(["a", "b", *SENTENCES[:3]])
+    assert [w for items, _ in tokenised(corpus, gpt2) for w in items] == windows(corpus, gpt2)
+    with pytest.raises(CorpusError, match="longer than one token"):
+        list(tokenised(Corpus.of(["a", "b", "c"]), gpt2))
+
+
+def test_progress_counts_every_record_once(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(module, "MAX_ACTIVATIONS", 1)
+    monkeypatch.setattr(module, "CHUNK", 4)
+    ends: list[tuple[str, int]] = []
+    progress = Progress(lambda e: ends.append((e["what"], e["done"])) if e["event"] == "finish" else None)
+    build_index(lm, saes(), TEXTS, tmp_path, progress, n=N)
+    assert ends == [("index of forget", len(FORGET)), ("index of near", len(NEAR))]

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..corpus import batches, windows
 from ..errors import ConfigError, RunError
 from ..features.scores import batch_stats
 from ..progress import Progress
-from .index import Index, batch_tokens, save_tensors
+from .index import Index, batch_tokens, save_tensors, text_batches
 from .opened import OpenedRun
 
 
@@ -29,16 +28,13 @@ def add_erasure(run: OpenedRun, index: Index, name: str, progress: Progress) -> 
         if (file := _file(run, index, name, number)).exists():
             continue
         sums = {i: [torch.zeros(int(s.cfg.d_sae), dtype=torch.float64) for _ in range(2)] for i, s in run.saes.items()}
-        parts = list(batches(windows(run.texts[text], run.reader), run.model.pad_id, max_tokens=batch_tokens(run.saes)))
-        progress.start(f"{name} on {text}", sum(int(b.attention_mask.sum()) for b in parts))
-        for batch in parts:
+        size, what = batch_tokens(run.saes), f"{name} on {text}"
+        for batch, _, _ in text_batches(run.texts[text], run.reader, size, progress, what, run.reading):
             with run.edited(name) as model:
                 for layer, z, one in batch_stats(model, run.saes, batch.to(model.device)):
                     total, active = sums[layer]
                     total += z.sum(0, dtype=torch.float64).cpu()
                     active += one.active
-            progress.step(int(batch.attention_mask.sum()))
-        progress.finish()
         save_tensors({f"{i}.{k}": t for i, s in sums.items() for k, t in zip(("total", "active"), s)}, file)
 
 

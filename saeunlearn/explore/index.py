@@ -12,8 +12,8 @@ import json
 import math
 import os
 import threading
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from ..checkpoints import PARTIAL, write_json
-from ..corpus import Corpus, batches, windows
-from ..errors import ConfigError, RunError
+from ..corpus import Batch, Corpus, Window, batches, windows
+from ..errors import ConfigError, CorpusError, RunError
 from ..features.scores import FeatureStats, add, batch_stats, check_sae
 from ..features.topk import Best, Hits, hits
 from ..locks import locked
@@ -43,6 +43,7 @@ SAMPLE = 24  # active positions of each feature, drawn at random: examples of al
 BEFORE, AFTER = 10, 5  # positions around an example whose activations are kept
 LOWEST, PER_OCTAVE, BINS = -12, 4, 128  # bins of log₂ z: from 2^−12 to 2^20, what lies outside is in the end bins
 MAX_ACTIVATIONS = 2**24  # of one batch and layer in memory
+CHUNK = 4096  # records whose tokens are in memory at a time
 KEPT = 64  # layers and texts that an open index keeps in memory
 _SUMS = ("sum_sq", "active", "centred_sum")
 
@@ -188,8 +189,8 @@ def build_index(
     """One pass over each text for all its layers that are not in `out` yet; a killed or cancelled build goes on there.
 
     `n`: top examples of a feature and text. `lock`: held while the model is used, for one batch at a time. Memory:
-    about (n + SAMPLE)·(BEFORE + AFTER + 6) + BINS numbers a feature and layer, whatever the size of the text, and the
-    text's own tokens. Raises RunError where `out` belongs to another model, SAEs, texts or settings; ConfigError,
+    about (n + SAMPLE)·(BEFORE + AFTER + 6) + BINS numbers a feature and layer, whatever the size of the text.
+    Raises RunError where `out` belongs to another model, SAEs, texts or settings; ConfigError,
     SAEMismatchError, NonFiniteError, Cancelled.
     """
     if not saes or not texts or n < 1:
@@ -222,19 +223,49 @@ def build_index(
 def _read_text(model: LanguageModel, saes: Mapping[int, Any], corpus: Corpus, running: Mapping[int, _Running],
                max_tokens: int, seed: int, progress: Progress, what: str, hold: AbstractContextManager[Any]
                ) -> None:  # fmt: skip
-    with hold:  # an Erasure of a token replaces the tokenizer
-        items = windows(corpus, model)
-    records = torch.tensor([w.record for w in items])
-    numbered = [replace(w, record=i) for i, w in enumerate(items)]
     random = {i: torch.Generator().manual_seed(seed * 1000 + i) for i in saes}  # the same whichever layers are missing
-    progress.start(what, sum(len(w.ids) for w in items))
-    for batch in batches(numbered, model.pad_id, max_tokens=max_tokens):
+    for batch, records, first in text_batches(corpus, model, max_tokens, progress, what, hold):
         b = batch.to(model.device)
         with hold:
             for layer, z, one in batch_stats(model, saes, b):
-                running[layer].update(hits(z, b, records), one, random[layer])
-        progress.step(int(batch.attention_mask.sum()))
+                running[layer].update(hits(z, b, records, first), one, random[layer])
+
+
+def text_batches(corpus: Corpus, model: LanguageModel, max_tokens: int, progress: Progress, what: str,
+                 hold: AbstractContextManager[Any]) -> Iterator[tuple[Batch, Tensor, int]]:  # fmt: skip
+    """(batch, records, number) over a whole text as one stage, counted in records; `batch.records` holds indices of
+    windows, `records` the record of each, and window 0 has the given number in the text. `hold` is held to tokenise.
+    """
+    progress.start(what, len(corpus))
+    number = 0
+    for items, n in tokenised(corpus, model, hold):
+        records = torch.tensor([w.record for w in items])
+        begins = torch.cat([torch.tensor([True]), records[1:] != records[:-1]])
+        for batch in batches([replace(w, record=i) for i, w in enumerate(items)], model.pad_id, max_tokens=max_tokens):
+            yield batch, records, number
+            progress.step(int(begins[list(batch.records)].sum()))
+        progress.step(n - int(begins.sum()))  # records without a window
+        number += len(items)
     progress.finish()
+
+
+def tokenised(corpus: Corpus, model: LanguageModel, hold: AbstractContextManager[Any] | None = None
+              ) -> Iterator[tuple[list[Window], int]]:  # fmt: skip
+    """(the windows of CHUNK records at a time, their number of records), together those of `corpus.windows`: the tokens
+    of a whole text take many times the room of what is kept of it. Raises CorpusError where there is no window at all.
+    """
+    found = False
+    for first in range(0, len(corpus), CHUNK):
+        part = Corpus(corpus.records[first : first + CHUNK], corpus.name)
+        items: list[Window] = []
+        # One part without a window is no error; `hold`: an Erasure of a token replaces the tokenizer.
+        with hold or nullcontext(), suppress(CorpusError):
+            items = [replace(w, record=first + w.record) for w in windows(part, model)]
+        found |= bool(items)
+        if items:
+            yield items, len(part)
+    if not found:
+        raise CorpusError(f"{corpus.name}: no record is longer than one token")
 
 
 def batch_tokens(saes: Mapping[int, Any]) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..corpus import Corpus, windows
+from ..corpus import Corpus
 from ..erasure import Erasure, WeightDelta
 from ..errors import ConfigError, SelectionError
 from ..features.selection import Selection, check_selection
@@ -26,6 +26,7 @@ from ..models import LanguageModel
 from ..pipeline import RunConfig, ready_saes, retain_groups
 from ..progress import Progress
 from ..reopen import read_object, reopen
+from .index import tokenised
 
 ORIGINAL = "original"  # the name of the unedited model among the Erasures' names
 DOCUMENTS = ("evaluation", "attacks", "report", "examples")  # JSON files of a run directory
@@ -67,7 +68,7 @@ class OpenedRun:
         # A tokenizer is not safe to use from two threads, and an Erasure of a token replaces the model's.
         self.reader = copy.copy(self.model)
         self.reader.tokenizer = copy.deepcopy(self.model.tokenizer)
-        self._reading = threading.RLock()
+        self.reading = threading.RLock()
         self._texts: dict[int, str] = {}
 
     @property
@@ -120,11 +121,11 @@ class OpenedRun:
         """The tokens of one of `texts`, read and tokenised the first time. Raises ConfigError for an unknown one."""
         if text not in self.texts:
             raise ConfigError(f"the run has no text {text!r}; it has {', '.join(self.texts)}")
-        with self._reading:
+        with self.reading:
             if ("words", text) not in self.cache:
-                items = windows(self.texts[text], self.reader)
-                starts = np.cumsum([0, *(len(w.ids) for w in items)])
-                ids = np.fromiter((i for w in items for i in w.ids), np.int32, starts[-1])
+                rows = [np.array(w.ids, np.int32) for items, _ in tokenised(self.texts[text], self.reader)
+                        for w in items]  # fmt: skip
+                starts, ids = np.cumsum([0, *map(len, rows)]), np.concatenate(rows)
                 self.cache["words", text] = Words(ids, starts)
         return self.cache["words", text]
 
@@ -133,7 +134,7 @@ class OpenedRun:
 
         `edited`: the model with an Erasure applied, for the ids of tokens that the Erasure added.
         """
-        with self._reading:
+        with self.reading:
             known = len(self.reader.tokenizer)
             return [self._token_text(i) if i < known or edited is None
                     else edited.tokenizer.convert_ids_to_tokens(i) or "" for i in ids]  # fmt: skip
@@ -149,7 +150,7 @@ class OpenedRun:
 
     def encode(self, text: str) -> list[int]:
         """Token ids without BOS."""
-        with self._reading:
+        with self.reading:
             return self.reader.tokenizer(text, add_special_tokens=False).input_ids
 
 

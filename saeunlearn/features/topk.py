@@ -30,15 +30,15 @@ class Hits:
         return self.z[self.p, self.feature]
 
 
-def hits(z: Tensor, batch: Batch, records: Tensor) -> Hits:
+def hits(z: Tensor, batch: Batch, records: Tensor, first: int = 0) -> Hits:
     """The hits of activations z [position, m], positions in the order of `batch.mask`.
 
-    `batch.records` holds window numbers here, and `records` [window] the record of each window.
+    `batch.records` holds indices of windows here, `records` [window] the record of each; window i has number first + i.
     """
     row, at = batch.mask.to(z.device).nonzero().unbind(1)
     window = torch.tensor(batch.records, device=z.device)[row]
     p, feature = (z > 0).nonzero().unbind(1)
-    return Hits(z, p, feature, row, torch.stack([records.to(z.device)[window], window, at]))
+    return Hits(z, p, feature, row, torch.stack([records.to(z.device)[window], first + window, at]))
 
 
 class Best:
