@@ -86,6 +86,25 @@ def test_overview_shows_the_numbers_of_the_run(run_dir: Path) -> None:
     assert "f" * 64 not in said
 
 
+def test_attacks_are_shown_with_their_intervals(run_dir: Path) -> None:
+    manifest = json.loads((run_dir / "erasure" / "erasure.json").read_text())
+    (run_dir / "erasure" / "erasure.json").write_text(json.dumps({**manifest, "id": "0" * 64}))
+    best = {"settings": {}, "accuracy": 0.8, "low": 0.7, "high": 0.9, "recovered": 0.73, "recovered_low": 0.61,
+            "recovered_high": 0.85, "oracle_accuracy": 0.31}  # fmt: skip
+    content = {"erasure_id": "0" * 64, "metric": "accuracy", "levels": {}, "questions": {"n": 40},
+               "attacks": [{"name": "relearn-lora", "kind": "weights", "best": best, "tried": [{}]}],
+               "headline": {"attack": "relearn-lora", "recovered": 0.73, "low": 0.61, "high": 0.85}}  # fmt: skip
+    (run_dir / "attacks.json").write_text(json.dumps(content))
+    said = visible(str(overview(Explorer(run_dir))))
+    for part in ("73.0%", "61.0% … 85.0%", "relearn-lora", "80.0%", "31.0%"):
+        assert part in said
+    assert "another Erasure" not in said
+    (run_dir / "attacks.json").write_text(json.dumps({**content, "erasure_id": "1" * 64}))
+    said = visible(str(overview(Explorer(run_dir))))
+    assert "made on another Erasure" in said
+    assert "Recovered by the worst attack" not in said
+
+
 def test_overview_of_a_run_that_failed_says_so(run_dir: Path) -> None:
     info = json.loads((run_dir / "run.json").read_text())
     (run_dir / "run.json").write_text(json.dumps({**info, "status": "failed"}))
