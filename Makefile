@@ -1,12 +1,16 @@
-# demo: the toolkit on its built-in world · test: everything · check: the quick part of it
+# demo: the toolkit on its built-in world · explore: look at it in the browser · test: everything · check: the quick part of it
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check lint
+.PHONY: demo explore test check lint
 .DELETE_ON_ERROR:
 
 demo: .venv/.installed
 	$(BIN)/saeunlearn demo
+
+explore: .venv/.installed
+	@test -f runs/demo/report.json || $(BIN)/saeunlearn demo
+	$(BIN)/saeunlearn explore
 
 test: lint
 	$(BIN)/pytest -q -n 2 --dist loadfile

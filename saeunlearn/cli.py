@@ -45,10 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise ConfigError(f"--threads {threads}: use at least one")
             torch.set_num_threads(threads)
         VERBS[args.verb](args)
-    except SaeunlearnError as e:
-        print(f"saeunlearn: {type(e).__name__}: {e}", file=sys.stderr)
-        return 1
-    except OSError as e:
+    except (SaeunlearnError, OSError) as e:
         print(f"saeunlearn: {type(e).__name__}: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -143,10 +140,8 @@ def select(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     chosen.save(args.out / "selection.json")
     figures.save(figures.layer_table(chosen.layers), args.out / "layers.png")
-    figures.save(
-        figures.feature_scores(chosen.forget_scores, chosen.retain_scores, chosen.relevant, chosen.irrelevant),
-        args.out / "features.png",
-    )
+    scores = (chosen.forget_scores, chosen.retain_scores, chosen.relevant, chosen.irrelevant)
+    figures.save(figures.feature_scores(*scores), args.out / "features.png")
     print(layer_lines(chosen))
     print(f"{args.out}: selection.json, layers.png, features.png")
 
@@ -332,9 +327,8 @@ def attack(args: argparse.Namespace) -> None:
     from .attack_run import attack_run
     from .progress import ConsoleProgress
 
-    progress = ConsoleProgress()
     document = attack_run(
-        args.run, progress, oracle=args.oracle, names=args.attacks.split(",") if args.attacks else None,
+        args.run, ConsoleProgress(), oracle=args.oracle, names=args.attacks.split(",") if args.attacks else None,
         budget=args.budget, seed=args.seed, device=args.device, dtype=args.dtype,
     )  # fmt: skip
     print(attack_lines(document))
@@ -388,11 +382,17 @@ def diff(args: argparse.Namespace) -> None:
     print(diff_lines(found))
 
 
+def explore(args: argparse.Namespace) -> None:
+    from saeunlearn_explorer import page
+
+    page.explore(args.run, args.port, args.share)
+
+
 VERBS: dict[str, Callable[[argparse.Namespace], None]] = {
     "demo": demo, "sandbox": sandbox, "train-saes": train_saes, "select": select, "unlearn": unlearn,
     "methods": methods, "diversify": diversify, "evaluate": evaluate, "compare": compare, "apply": apply,
     "revert": revert, "export": export, "inspect": inspect, "ledger": ledger, "attack": attack, "report": report,
-    "verify": verify, "diff": diff,
+    "verify": verify, "diff": diff, "explore": explore,
 }  # fmt: skip
 
 

@@ -171,6 +171,12 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, required=True, help="folder for diff.json and its figures")
     add_common(p)
 
+    p = verb("explore", "look at a run in the browser: layers, features, prompts before and after, steering, erasing")
+    p.add_argument("run", type=Path, nargs="?", default=DEMO_DIR, help=f"run directory (default {DEMO_DIR})")
+    p.add_argument("--port", type=int, help="port on this machine (default: the first free one from 7860)")
+    p.add_argument("--share", action="store_true", help="also a public link through gradio's servers (default: none)")
+    p.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
+
     p = verb("verify", "check a run against its report: hashes, numbers, and a sample of the scores measured anew")
     p.add_argument("run", type=Path)
     for name in ("model", "forget", "retain", "questions"):

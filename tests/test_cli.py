@@ -34,7 +34,7 @@ from saeunlearn.sandbox.build import Sandbox
 pytestmark = pytest.mark.slow  # the fast set has test_end_to_end.py
 
 VERBS = ["demo", "sandbox", "train-saes", "select", "unlearn", "evaluate", "compare", "apply", "revert", "export",
-         "inspect", "ledger", "attack", "report", "verify", "diff"]  # fmt: skip
+         "inspect", "ledger", "attack", "report", "verify", "diff", "explore"]  # fmt: skip
 # Enough to change the model, and few enough to be quick.
 METHOD = [x for item in ("gated=false", "gamma=6.0", "alpha=1", "blocks=2", "steps=8.0", "batch=8", "lr=0.5",
                          "max_length=16", "check_every=4") for x in ("--set", item)]  # fmt: skip

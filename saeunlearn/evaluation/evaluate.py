@@ -18,6 +18,7 @@ from ..corpus import Corpus, Record
 from ..errors import ConfigError
 from ..models import LanguageModel
 from ..progress import Progress
+from .meaning import is_forget
 from .memorisation import NAMES, memorisation
 from .metrics import Values, cloze, multiple_choice, nll, samples
 
@@ -145,11 +146,6 @@ def without_labels(result: dict[str, Any]) -> dict[str, Any]:
             for subgroup in summary["subgroups"]:
                 subgroup["label"] = hashlib.sha256(subgroup["label"].encode()).hexdigest()[:12]
     return result
-
-
-def is_forget(group: str) -> bool:
-    """Whether low scores are the aim in this group of questions or text corpus."""
-    return group.split("/")[0] == "forget"
 
 
 def wilson(successes: float, n: int) -> tuple[float, float]:

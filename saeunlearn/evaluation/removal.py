@@ -31,20 +31,15 @@ from ..checkpoints import sha256_file
 from ..errors import RunError, SaeunlearnError
 from ..progress import Progress
 from .claims import not_claimed
-from .evaluate import is_forget
+from .meaning import METRICS, is_forget, is_number
 from .verdict import verdicts
 
 SCHEMA = 1
 SOURCES = ("run.json", "selection.json", "erasure/erasure.json", "evaluation.json", "attacks.json", "examples.json",
            "oracle.json")  # fmt: skip
 DERIVED = ("report.json", "report.html", "report.md", "model_card.md")  # made from the sources by `write_report`
-ROOMS = (
-    "erasure",
-    "figures",
-    "saes",
-    "unhealed",
-)  # folders of a run; others in its directory (a merged model, say) are the user's
-METRICS = {"multiple_choice": "multiple choice", "cloze": "cloze", "nll": "NLL (nats per token)"}
+# Folders of a run; others in its directory (a merged model, say) are the user's.
+ROOMS = ("erasure", "figures", "saes", "unhealed")
 _OPTIONAL = ("attacks.json", "examples.json", "oracle.json")
 _TEXT_KEYS = {"prompt", "prompts", "sample", "samples", "text", "question", "answer", "choices"}
 _ATTACKED = ("low", "high", "recovered", "recovered_low", "recovered_high", "oracle_recovered")
@@ -308,10 +303,6 @@ def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         else:
             shown = num(value)
         yield prefix, shown or "none"
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def num(value: Any) -> str:

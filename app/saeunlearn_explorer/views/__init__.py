@@ -1,0 +1,1 @@
+"""One file a view: it makes its components, and renders what the library computed."""
