@@ -166,6 +166,7 @@ def test_bad_input(llama: LanguageModel, change: dict[str, Any], match: str) -> 
         compare_view(run, PROMPT, ["weights"], layer=0)
 
 
+@pytest.mark.slow
 def test_on_a_real_run_the_change_lies_where_the_method_put_it(finished: Finished) -> None:
     run = open_run(finished.root)
     assert run.selection is not None

@@ -23,6 +23,8 @@ from saeunlearn.errors import ConfigError, ErasureError, RunError, SAEMismatchEr
 from saeunlearn.explore.opened import OpenedRun, open_run
 from saeunlearn.models import LanguageModel
 
+pytestmark = pytest.mark.slow  # a whole run
+
 
 @pytest.fixture
 def copied(finished: Finished, tmp_path: Path) -> Path:

@@ -139,6 +139,7 @@ def test_the_verbs_open_it(checkpoints: Any, tmp_path: Path, capsys: pytest.Capt
     assert main(["export", str(tmp_path / "guard"), str(tmp_path / "out")]) == 0
 
 
+@pytest.mark.slow
 def test_it_works_without_the_library(checkpoints: Any, tmp_path: Path) -> None:
     from saeunlearn.export import export
 
