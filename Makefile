@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo explore test check lint
+.PHONY: demo explore test check lint browser
 .DELETE_ON_ERROR:
 
 demo: .venv/.installed
@@ -12,7 +12,7 @@ explore: .venv/.installed
 	@test -f runs/demo/report.json || $(BIN)/saeunlearn demo
 	$(BIN)/saeunlearn explore
 
-test: lint
+test: lint browser
 	$(BIN)/pytest -q -n 2 --dist loadfile
 
 check: lint
@@ -22,6 +22,13 @@ lint: .venv/.installed
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
+
+# The tests of the explorer's page need Chromium: what is there, else the system's package, else Playwright's own.
+browser: .venv/.installed
+	@command -v chromium chromium-browser >/dev/null || { \
+	  { test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y -qq chromium; } >/dev/null 2>&1 || \
+	  timeout 300 $(BIN)/playwright install chromium >/dev/null 2>&1 || \
+	  echo "Chromium could not be installed: the tests of the explorer's page will be left out" >&2; }
 
 # The stamp is written last, so that a failed installation is tried again; pip is there only if venv finished.
 .venv/.installed: pyproject.toml constraints.txt
