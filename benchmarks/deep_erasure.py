@@ -4,7 +4,7 @@
     python benchmarks/deep_erasure.py --vocabulary 400 …        # names of several tokens instead of one
 
 World and seed go in pairs. Each run trains or solves one method with its defaults (SSPU with the settings of
-`saeunlearn demo`), scores it beside the oracle and attacks both with the whole battery (`attacks.py`); finished work is
+`saeunlearn demo`), or one of VARIANTS, scores it beside the oracle and attacks both with the whole battery (`attacks.py`); finished work is
 kept. Writes table.md: multiple choice on forget questions and its difference from the oracle's, near and far as shares
 of the original (the worst of seen, held-out and untouched), the loss on retain text, the accuracy after the best
 relearning attack and the oracle's after the same, and the worst attack's recovered share. Means over runs (least
@@ -24,12 +24,22 @@ from attacks import one, unlearned
 from sandbox_frontier import World
 
 from saeunlearn.checkpoints import write_json
+from saeunlearn.erasure import Erasure
 from saeunlearn.evaluation.evaluate import group_of
 from saeunlearn.evaluation.metrics import multiple_choice, nll
+from saeunlearn.healing import HealConfig, heal
+from saeunlearn.methods import get_method
 from saeunlearn.models import LanguageModel
+from saeunlearn.options import settings_of
 from saeunlearn.progress import ConsoleProgress
 from saeunlearn.sandbox.build import build_oracle
 
+# name: method, its settings, those of the healing after it
+VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
+    "tokens": ("key-erasure", {"matrices": "embed"}, None),
+    "blocks-healed": ("key-erasure", {"lam": 1.0, "max_retain_rise": 1e6}, {"lr": 2e-3, "max_return": 0.9}),
+    "blocks-light-healed": ("key-erasure", {"lam": 0.3, "max_retain_rise": 1e6}, {"lr": 2e-3, "max_return": 0.9}),
+}
 RELEARNING = ("relearn-lora", "relearn-full", "unrelated-lora", "unrelated-full")
 
 
@@ -40,12 +50,27 @@ def accuracies(model: LanguageModel, world: World) -> dict[str, float]:
     return {g: statistics.mean(v) for g, v in sorted(groups.items())}
 
 
+def variant(world: World, name: str, seed: int) -> Erasure:
+    method_name, settings, healing = VARIANTS[name]
+    method, sets = get_method(method_name), (world.forget, world.retain)
+    erasure = method.unlearn(
+        world.model, *sets, config=settings_of(method.Config, settings, name), selection=None, saes={}, seed=seed,
+        progress=ConsoleProgress(),
+    )  # fmt: skip
+    if healing is None:
+        return erasure
+    return heal(world.model, erasure, *sets, settings_of(HealConfig, healing, "healing"), seed, ConsoleProgress())
+
+
 def measure(world: World, name: str, seed: int, out: Path) -> None:
     """Scores of the original, the edited model and the oracle: scores-….json."""
     file = out / f"scores-{world.seed}-{name}-{seed}.json"
     if file.exists():
         return
-    erasure = unlearned(world, name, seed, out / f"erasure-{world.seed}-{name}-{seed}")
+    folder = out / f"erasure-{world.seed}-{name}-{seed}"
+    if name in VARIANTS and not folder.exists():
+        variant(world, name, seed).save(folder)
+    erasure = unlearned(world, name, seed, folder)
     oracle = LanguageModel.open(build_oracle(world.box, ConsoleProgress()))
     text = world.retain.sample(2000, 0)
     found: dict[str, Any] = {"original": accuracies(world.model, world), "oracle": accuracies(oracle, world)}
