@@ -4,11 +4,11 @@
     python benchmarks/deep_erasure.py --vocabulary 400 …        # names of several tokens instead of one
 
 World and seed go in pairs. Each run trains or solves one method with its defaults (SSPU with the settings of
-`saeunlearn demo`), or one of VARIANTS, scores it beside the oracle and attacks both with the whole battery (`attacks.py`); finished work is
-kept. Writes table.md: multiple choice on forget questions and its difference from the oracle's, near and far as shares
-of the original (the worst of seen, held-out and untouched), the loss on retain text, the accuracy after the best
-relearning attack and the oracle's after the same, and the worst attack's recovered share. Means over runs (least
-to greatest).
+`saeunlearn demo`), or one of VARIANTS, scores it beside the oracle and attacks both with the whole battery
+(`attacks.py`); finished work is kept. Writes table.md: multiple choice on forget questions and its difference from the
+oracle's, near and far as shares of the original (the worst of seen, held-out and untouched), the loss on retain text,
+the accuracy after the best relearning attack and the oracle's after the same, and the worst attack's recovered share.
+Means over runs (least to greatest).
 """
 
 from __future__ import annotations
