@@ -47,7 +47,10 @@ class Explorer:
         try:
             info = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError as e:
-            raise RunError(f"{self.root} holds no run (any more): start the explorer again on a run directory") from e
+            why = "holds no run any more: start the explorer again on a run directory"
+            if not self.info:
+                why = "holds no run: name a run directory, or make the demo's with `saeunlearn demo`"
+            raise RunError(f"{self.root} {why}") from e
         except (OSError, ValueError) as e:
             raise RunError(f"{file} cannot be read: {e}") from e
         if not isinstance(info, dict) or not isinstance(info.get("config"), dict):
