@@ -7,6 +7,9 @@
 `DATA` is a folder with stories260K/ and tinystories/ (forget_birds_*.jsonl, retain_*.jsonl). Without --run the two
 commands above are run first, for every method of --methods (with its defaults; those that need SAEs and a selection
 take SSPU's own; delta's small model is the model itself). The word list below is for scoring only; no method sees it.
+
+`--relearn 10` also trains each edited model on ten of the bird stories, at several learning rates, and measures the
+topic's words of the test stories on the way: `back` is the share of the rise that the best of them undoes.
 """
 
 from __future__ import annotations
@@ -22,11 +25,13 @@ from torch import Tensor
 
 from saeunlearn.checkpoints import write_json
 from saeunlearn.cli import main as saeunlearn
-from saeunlearn.corpus import Corpus, Window, windows
+from saeunlearn.corpus import Corpus, Window, endless, windows
 from saeunlearn.erasure import Erasure
 from saeunlearn.losses import token_losses
 from saeunlearn.methods import get_method
 from saeunlearn.models import LanguageModel
+from saeunlearn.progress import ConsoleProgress
+from saeunlearn.training import TrainConfig, train
 
 TOPIC = re.compile(
     r"(birds?|birdies?|birdhouse|birdcage|nests?|nested|nesting|feathers?|feathery|wings?|winged|owls?|crows?|ravens?|robins?|"
@@ -44,6 +49,7 @@ PROMPTS = (
     "Ben had a big red ball. He",
 )
 MAX_LENGTH = 256
+RATES, MARKS = (1e-4, 5e-4, 2e-3), (5, 10, 20, 40)  # of relearning, in batches of four stories
 
 
 def topic_tokens(model: LanguageModel, window: Window) -> Tensor:
@@ -84,6 +90,30 @@ def score(model_dir: Path, erasure_dir: Path, data: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def relearned(model_dir: Path, erasure_dir: Path, data: Path, n: int, seed: int) -> dict[str, Any]:
+    """The topic's loss on the test stories after training all weights on n training stories, by rate and step."""
+    test, none = Corpus.load(data / "tinystories/forget_birds_test.jsonl"), Corpus.load(
+        data / "tinystories/retain_test.jsonl").sample(1, 0)  # fmt: skip
+    stories = Corpus.load(data / "tinystories/forget_birds_train.jsonl").sample(n, seed)
+    found: dict[str, dict[str, float]] = {}
+    for lr in RATES:
+        model = LanguageModel.open(model_dir)
+        Erasure.load(erasure_dir).apply(model)
+        model.model.requires_grad_(True)
+        curve = {"0": measure(model, test, none)["topic"]}
+
+        def after(step: int, model: LanguageModel = model, curve: dict[str, float] = curve) -> None:
+            if step in MARKS:
+                curve[str(step)] = measure(model, test, none)["topic"]
+
+        rows = endless(windows(stories, model, MAX_LENGTH), model.pad_id, 4, seed)
+        train(
+            model, rows, TrainConfig(steps=MARKS[-1], lr=lr, weight_decay=0.0), ConsoleProgress(), "relearning", after
+        )
+        found[f"{lr:g}"] = curve
+    return {"stories": n, "curves": found, "best": min(v for c in found.values() for v in c.values())}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
@@ -91,6 +121,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/bench/birds"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", default=["sspu"], help="sspu first where others need its selection")
+    parser.add_argument("--relearn", type=int, default=0, metavar="N", help="train the edited models on N stories")
     args = parser.parse_args()
     model = args.data / "stories260K"
     files = [args.data / f"tinystories/{n}_train.jsonl" for n in ("forget_birds", "retain")]
@@ -105,6 +136,11 @@ def main() -> None:
             selection = run / "selection.json"
             result["layer"] = json.loads(selection.read_text())["layer"] if selection.exists() else None
             results[f"{method} {seed}"] = result
+            if args.relearn:
+                again = result["relearned"] = relearned(model, run / "erasure", args.data, args.relearn, seed)
+                again["back"] = (result["after"]["topic"] - again["best"]) / result["topic_rise"]
+                print(f"{method}, seed {seed}: relearned on {args.relearn} stories to {again['best']:.2f} nats, "
+                      f"{again['back']:.0%} of the rise is undone", flush=True)  # fmt: skip
             print(f"{method}, seed {seed}, layer {result['layer']}: topic words {result['before']['topic']:.2f} → "
                   f"{result['after']['topic']:.2f} nats ({result['topic_rise']:+.2f}), other words "
                   f"{result['other_rise']:+.1%}, retain stories {result['retain_rise']:+.1%}", flush=True)  # fmt: skip

@@ -37,6 +37,11 @@ from saeunlearn.sandbox.build import build_oracle
 # name: method, its settings, those of the healing after it
 VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
     "tokens": ("key-erasure", {"matrices": "embed"}, None),
+    "blocks-alone-healed": (
+        "key-erasure",
+        {"matrices": "gate,up,down,o,v", "lam": 1.0, "max_retain_rise": 1e6},
+        {"lr": 2e-3, "max_return": 0.9},
+    ),
     "blocks-healed": ("key-erasure", {"lam": 1.0, "max_retain_rise": 1e6}, {"lr": 2e-3, "max_return": 0.9}),
     "blocks-light-healed": ("key-erasure", {"lam": 0.3, "max_retain_rise": 1e6}, {"lr": 2e-3, "max_return": 0.9}),
 }

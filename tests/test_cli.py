@@ -22,7 +22,7 @@ from micro import CONFIG, read, state
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
-from saeunlearn import cli
+from saeunlearn import cli, options
 from saeunlearn.cli import build_parser, main
 from saeunlearn.corpus import Corpus
 from saeunlearn.erasure import Erasure, fingerprint_folder, read_ledger
@@ -162,7 +162,7 @@ def test_settings_of_the_method_are_json_or_text() -> None:
     argv = ["unlearn", "--model", "m", "--forget", "f", "--retain", "r", "--out", "o", "--form", "soft"]
     items = ["steps=5", "lr=1e-2", "gated=false", "basis=random_rows", 'target="relevant"', "x=a=b"]
     args = build_parser().parse_args([*argv, *(x for i in items for x in ("--set", i)), "--max-retain-rise", "0.1"])
-    assert cli.method_settings(args) == {
+    assert options.method_settings(args) == {
         "steps": 5, "lr": 0.01, "gated": False, "basis": "random_rows", "target": "relevant", "x": "a=b",
         "form": "soft", "max_retain_rise": 0.1,
     }  # fmt: skip
