@@ -127,7 +127,8 @@ def main() -> None:
     files = [args.data / f"tinystories/{n}_train.jsonl" for n in ("forget_birds", "retain")]
     results = {}
     for seed in [0] if args.run else args.seeds:
-        for method in ["sspu"] if args.run else args.methods:
+        made = json.loads((args.run / "erasure/erasure.json").read_text()) if args.run else None
+        for method in [made["method"]] if made else args.methods:
             run = args.run or carry_out(method, seed, model, files, args.out)
             if run is None:
                 print(f"{method}, seed {seed}: failed", flush=True)
