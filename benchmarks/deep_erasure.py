@@ -8,7 +8,7 @@ World and seed go in pairs. Each run trains or solves one method with its defaul
 (`attacks.py`); finished work is kept. Writes table.md: multiple choice on forget questions and its difference from the
 oracle's, near and far as shares of the original (the worst of seen, held-out and untouched), the loss on retain text,
 the accuracy after the best relearning attack and the oracle's after the same, and the worst attack's recovered share.
-Means over runs (least to greatest).
+Means over runs (least to greatest). relearned.png shows every run of the folder.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 from attacks import one, unlearned
 from sandbox_frontier import World
 
+from saeunlearn import figures, figures_attacks
 from saeunlearn.checkpoints import write_json
 from saeunlearn.erasure import Erasure
 from saeunlearn.evaluation.evaluate import group_of
@@ -122,6 +123,23 @@ def table(out: Path, methods: list[str], pairs: list[tuple[int, int]]) -> str:
     return "\n".join(lines)
 
 
+def picture(out: Path) -> None:
+    """relearned.png, of every finished run in the folder."""
+    points, oracles = [], []
+    for file in sorted(out.glob("scores-*.json")):
+        attacks = out / file.name.replace("scores", "run")
+        done = [a["best"] for a in json.loads(attacks.read_text())["attacks"] if a["name"] in RELEARNING]
+        scores = json.loads(file.read_text())
+        groups = [g for g in scores["original"] if not g.startswith("forget")]
+        points.append({
+            "name": file.stem.split("-", 2)[2].rpartition("-")[0], "relearned": max(b["accuracy"] for b in done),
+            "kept": min(scores["edited"][g] / scores["original"][g] for g in groups),
+            "edited": statistics.mean(v for g, v in scores["edited"].items() if g not in groups),
+        })  # fmt: skip
+        oracles.append(max(b["oracle_accuracy"] for b in done))
+    figures.save(figures_attacks.kept_against_relearned(points, statistics.mean(oracles), 0.25), out / "relearned.png")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worlds", type=int, nargs="+", default=[31, 32, 33, 34, 35])
@@ -144,6 +162,7 @@ def main() -> None:
             measure(world, name, seed, out)
             one(world, name, seed, out, "quick")
             (out / "table.md").write_text(table(out, args.methods, pairs) + "\n")
+    picture(out)
     print(table(out, args.methods, pairs))
 
 

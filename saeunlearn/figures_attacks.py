@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .figures import _LINES, _MARKERS, _SERIES, BLACK, FORGET, GREY, _figure, _finish, _say
@@ -82,4 +82,25 @@ def relearning(document: Mapping[str, Any]) -> Figure:
             ax.set_ylim(-0.03, 1.03)
         ax.set(title=row["name"], xlabel="step", ylabel=_UNITS[metric] if at == 0 else "")
         ax.legend(title="learning rate", title_fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.2))
+    return _finish(fig)
+
+
+def kept_against_relearned(points: Sequence[Mapping[str, Any]], oracle: float, chance: float) -> Figure:
+    """Points {"name", "kept", "relearned", "edited"}: what is kept of the worst retain group against the score on
+    other forget facts after the best relearning, with a line down to the score before it. Below, right: the aim.
+    """
+    fig = _figure(5.6, 4.0)
+    ax = fig.subplots()
+    names = list(dict.fromkeys(p["name"] for p in points))
+    for i, name in enumerate(names):
+        own = [p for p in points if p["name"] == name]
+        colour, marker = _SERIES[i % len(_SERIES)], _MARKERS[i % len(_MARKERS)]
+        for p in own:
+            ax.plot([p["kept"]] * 2, [p["edited"], p["relearned"]], color=colour, linewidth=0.9)
+        ax.plot([p["kept"] for p in own], [p["relearned"] for p in own], marker, color=colour, label=name)
+    ax.axhline(oracle, color=GREY, linewidth=1.2, linestyle="--", label="oracle, relearned")
+    ax.axhline(chance, color=BLACK, linewidth=0.9, linestyle=":", label="chance")
+    ax.set(xlabel="kept of the worst near or far group (share of the original)", ylim=(0, 1.03))
+    ax.set(ylabel="share correct on other forget facts", title="After relearning; the lines begin before it")
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return _finish(fig)

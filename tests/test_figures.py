@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from saeunlearn import figures
+from saeunlearn.figures_attacks import kept_against_relearned
 
 ROWS = [
     {"layer": 2, "scores": {"auc": 0.71}, "probe": {"forget_rise": 2.0}, "chosen": True},
@@ -149,3 +150,18 @@ def test_losses_over_steps_shows_mean_and_range() -> None:
     shaded = forget.collections[0].get_paths()[0].vertices[:, 1]
     assert (shaded.min(), shaded.max()) == (1.0, 8.0)
     assert [t.get_text() for t in fig.legends[0].get_texts()] == ["a", "b"]
+
+
+def test_kept_against_relearned_shows_every_point_and_both_levels() -> None:
+    points = [
+        {"name": "a", "kept": 0.9, "relearned": 0.8, "edited": 0.3},
+        {"name": "b", "kept": 1.0, "relearned": 0.31, "edited": 0.28},
+        {"name": "a", "kept": 0.7, "relearned": 0.6, "edited": 0.25},
+    ]
+    (ax,) = kept_against_relearned(points, 0.27, 0.25).axes
+    lines = {line.get_label(): line for line in ax.lines}
+    assert [list(lines[n].get_xdata()) for n in ("a", "b")] == [[0.9, 0.7], [1.0]]
+    assert [list(lines[n].get_ydata()) for n in ("a", "b")] == [[0.8, 0.6], [0.31]]
+    assert [lines[n].get_ydata()[0] for n in ("oracle, relearned", "chance")] == [0.27, 0.25]
+    falls = [list(line.get_ydata()) for line in ax.lines if str(line.get_label()).startswith("_")]
+    assert falls == [[0.3, 0.8], [0.25, 0.6], [0.28, 0.31]]
