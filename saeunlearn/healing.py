@@ -7,8 +7,9 @@ input side, to the right singular vectors that hold `ERASED` of the energy of it
 edit moved far stay where they are. And the loss on forget text is watched: of the healing only as large a share is
 taken as leaves the edit that much of its effect there.
 
-Sentences of the original that look like forget text are left out: those with more word pairs that occur in the forget
-set and not in the retain set than nearly all retain records (SEEN_SHARE of them) have.
+Sentences of the original that look like forget text are left out: those whose token pairs have, in the mean, a
+log-ratio of their frequencies in forget and retain set above 0 and above what nearly all held-out retain records
+(SEEN_SHARE of them) have.
 
 Compute: one forward pass of the original and a forward and a backward pass of the edited model a step, and the
 sampling, a forward pass a token.
@@ -17,7 +18,8 @@ sampling, a forward pass a token.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 
@@ -128,7 +130,7 @@ def own_sentences(
     Raises ConfigError where hardly any (one in twenty) may be kept.
     """
     tokenizer, kept = model.tokenizer, list[str]()
-    limit, forget_only = _telling(model, forget, retain, config.max_length)
+    limit, ratios = _telling(model, forget, retain, config.max_length)
     firsts = [w.ids[0] for w in windows(retain, model, config.max_length)]
     start = model.model.generation_config.eos_token_id
     tried = done = 0
@@ -150,8 +152,7 @@ def own_sentences(
             for row in out.tolist():
                 tried += 1
                 text = tokenizer.decode(row, skip_special_tokens=True)
-                pairs = list(pairwise(row))
-                if text.strip() and sum(p in forget_only for p in pairs) <= limit * len(pairs):
+                if text.strip() and _likeness(row, ratios) <= limit:
                     kept.append(text)
             progress.step(max(0, min(len(kept), config.samples) - done))
             done = min(len(kept), config.samples)
@@ -159,15 +160,21 @@ def own_sentences(
     return Corpus.of(kept[: config.samples], "the original's own sentences")
 
 
-def _telling(model: LanguageModel, forget: Corpus, retain: Corpus, length: int) -> tuple[float, set[tuple[int, int]]]:
-    """(the share of such pairs that SEEN_SHARE of held-out retain records have at most, token pairs of forget text that
-    the other retain records do not have)."""
+def _telling(
+    model: LanguageModel, forget: Corpus, retain: Corpus, length: int
+) -> tuple[float, dict[tuple[int, int], float]]:
+    """(likeness to forget text up to which a sentence is kept, log-ratios of token pairs)."""
     used, held = retain.split(0.2, 0)
-    known = {p for w in windows(used, model, length) for p in pairwise(w.ids)}
-    pairs = {p for w in windows(forget, model, length) for p in pairwise(w.ids)} - known
-    shares = [sum(p in pairs for p in pairwise(w.ids)) / max(1, len(w.ids) - 1)
-              for w in windows(held, model, length)]  # fmt: skip
-    return float(torch.tensor(shares).quantile(SEEN_SHARE)), pairs
+    n_f, n_r = (Counter(p for w in windows(c, model, length) for p in pairwise(w.ids)) for c in (forget, used))
+    more = math.log((n_r.total() + 1) / (n_f.total() + 1))
+    ratios = {p: math.log((n_f[p] + 1) / (n_r[p] + 1)) + more for p in {*n_f, *n_r}}
+    likeness = [_likeness(w.ids, ratios) for w in windows(held, model, length)]
+    return max(0.0, float(torch.tensor(likeness).quantile(SEEN_SHARE))), ratios
+
+
+def _likeness(ids: Sequence[int], ratios: Mapping[tuple[int, int], float]) -> float:
+    """Mean log-ratio of the token pairs; those of neither set count as 0."""
+    return sum(ratios.get(p, 0.0) for p in pairwise(ids)) / max(1, len(ids) - 1)
 
 
 @dataclass(frozen=True)
