@@ -147,6 +147,14 @@ def llama(checkpoints: Checkpoints) -> Any:
     return LanguageModel.open(checkpoints("llama"), device="cpu")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever builds the tiny sandbox is slow."""
+    for item in items:
+        if "micro" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def micro(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A tiny sandbox, built once. Treat it as read-only."""

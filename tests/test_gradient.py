@@ -84,6 +84,7 @@ def reference(name: str, model: Any, original: Any, lm: LanguageModel, f: Corpus
     return (forget, mean_kl) if name == "kl" else (forget, c.nll_weight * nll + c.kl_weight * mean_kl)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
 @pytest.mark.parametrize("data", ["texts", "pairs"])
 @pytest.mark.parametrize("name", [*FAMILY, "npo per token"])
@@ -124,6 +125,7 @@ def test_losses_and_a_step_are_those_of_the_papers(checkpoints: Any, arch: str, 
             torch.testing.assert_close(ours - 0.01 * ours.grad, theirs - 0.01 * theirs.grad, atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
 @pytest.mark.parametrize("data", ["texts", "pairs"])
 def test_idkdpo_prefers_refusals(checkpoints: Any, arch: str, data: str) -> None:
@@ -168,6 +170,7 @@ def test_gradient_ascent_stops_at_its_bound() -> None:
     assert now.grad[1].tolist() == pytest.approx([1 / 6] * 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILY)
 def test_forgets_within_the_budget(llama: LanguageModel, name: str) -> None:
     # A random model's losses are far beyond where SimNPO's sigmoid has a slope at the paper's β.
@@ -256,6 +259,7 @@ def test_small_steps_survive_in_bfloat16(llama: LanguageModel, weights: str) -> 
         assert rms(delta) < 0.01 * rms(weights_of[part.name])  # below half a bf16 step of most weights
 
 
+@pytest.mark.slow
 def test_one_seed_one_result(llama: LanguageModel) -> None:
     assert erase(llama, "npo-lora", 3).id == erase(llama, "npo-lora", 3).id != erase(llama, "npo-lora", 4).id
 
@@ -327,6 +331,7 @@ def test_dpo_is_the_preference_model_of_bradley_and_terry() -> None:
     torch.testing.assert_close(yes.grad, (-(1 - preferred) / 4)[:, None].expand(4, 5).detach())
 
 
+@pytest.mark.slow
 def test_steps_that_leave_nothing_within_the_budget_are_made_shorter(llama: LanguageModel, monkeypatch: Any) -> None:
     from saeunlearn.methods.budget import Budget, OverBudgetError
 

@@ -56,6 +56,7 @@ def unlearn(lm: LanguageModel, name: str, *, forget: Corpus = FORGET, retain: Co
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_methods_keep_the_budget_and_leave_the_model_alone(lm: LanguageModel, name: str) -> None:
     before, fingerprint, logits = weights(lm), lm.fingerprint(), lm.logits(IDS)

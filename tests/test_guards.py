@@ -152,6 +152,7 @@ def test_padding_changes_nothing(lm: LanguageModel) -> None:
 # --- generation --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", GATES)
 def test_generation_with_a_cache_equals_the_slow_reference(lm: LanguageModel, mode: str) -> None:
     sae = fitted_sae(lm)

@@ -99,6 +99,7 @@ def own_accuracy(model: LanguageModel) -> list[float]:
 # --- tasks -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
 @pytest.mark.parametrize("kind", ["weights", "guard", "token", "offset"])
 def test_accuracy_is_our_own_with_every_kind_of_erasure(

@@ -111,6 +111,7 @@ def assert_equal(erasure: Erasure, want: dict[str, torch.Tensor]) -> None:
         torch.testing.assert_close(got[n].double(), w, atol=2e-4 * float(w.abs().max()), rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
 def test_closed_form_is_least_squares_block_after_block(checkpoints: Checkpoints, arch: str) -> None:
     lm = LanguageModel.open(checkpoints(arch), device="cpu")
@@ -157,6 +158,7 @@ def test_only_the_values_of_attention_change(lm: LanguageModel) -> None:
     assert int(moved.sum()) == {"llama": 16, "gemma2": 16}.get(lm.model.config.model_type, 32)  # two of four heads
 
 
+@pytest.mark.slow
 def test_positions_weigh_as_the_relevant_features_are_active(llama: LanguageModel) -> None:
     selection, sae = chosen(llama), sae_for()
     items = windows(FORGET, llama, CONFIG.max_length)

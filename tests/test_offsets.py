@@ -138,6 +138,7 @@ def test_padded_vocabularies_share_the_common_part() -> None:
     assert added(logits, narrow).tolist() == [[[2, 2, 2, 1]] * 2]
 
 
+@pytest.mark.slow
 def test_bf16_models_are_computed_in_float32(small_folder: Path, checkpoints: Any) -> None:
     base = LanguageModel.open(checkpoints("llama"), device="cpu", dtype="bfloat16")
     small = LanguageModel.open(small_folder, device="cpu", dtype="bfloat16")
@@ -185,6 +186,7 @@ def slow_beams(step: NextLogits, ids: list[int], n: int, width: int) -> list[int
 WAYS: dict[str, dict[str, Any]] = {"greedy": {}, "penalty": {"repetition_penalty": 1.3}, "beams": {"num_beams": 3}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("by", ["apply", "processor"])
 def test_generation_is_that_of_full_prefixes(llama: LanguageModel, small: LanguageModel, way: str, by: str) -> None:
@@ -463,6 +465,7 @@ class BlackBox:
         return torch.cat([logits, torch.full((*ids.shape, 8), -5.0)], -1).half()
 
 
+@pytest.mark.slow
 def test_a_base_model_may_be_any_callable(learnt: tuple[Path, Path]) -> None:
     lm, small = (LanguageModel.open(folder, device="cpu") for folder in learnt)
     box, before = BlackBox(lm.model, lm.vocabulary), weights(small)

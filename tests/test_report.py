@@ -73,6 +73,7 @@ def test_the_page_is_self_contained(run_dir: Path) -> None:
     assert "width=device-width" in page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["run.json", "selection.json", "erasure/erasure.json", "evaluation.json"])
 @pytest.mark.parametrize("damage", [None, "{oops", "[]"])
 def test_a_missing_or_damaged_piece_is_said(

@@ -49,6 +49,7 @@ def same(a: dict[int, Any], b: dict[int, Any]) -> bool:
     return x.keys() == y.keys() and all(torch.equal(x[n], y[n]) for n in x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture_learns_keeps_its_aim_and_opens_in_sae_lens(
     llama: LanguageModel, tmp_path: Path, architecture: str
@@ -121,6 +122,7 @@ def test_positions_with_huge_norms_are_reported_and_left_out(llama: LanguageMode
 # --- stopping and going on ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_cancelled_run_goes_on_bit_for_bit(llama: LanguageModel, tmp_path: Path) -> None:
     configs = [replace(CONFIG, architecture=a, tokens=3_000, dead_after=300) for a in ARCHITECTURES]
     whole = train_saes(llama, TEXTS, LAYERS, configs, seed=0, progress=Progress())

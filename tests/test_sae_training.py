@@ -195,6 +195,7 @@ def test_hooks_that_are_no_block_output_are_refused(hook: str, tmp_path: Path) -
         load_saes(tmp_path / "sae")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "source", ["no-such-release:blocks.0", "gpt2-small-res-jb:blocks.0.hook_resid_pre", "no/such/folder"]
 )

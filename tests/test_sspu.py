@@ -60,6 +60,7 @@ def hooks(lm: LanguageModel) -> int:
 # --- what the update is ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", [False, True])
 def test_hard_update_writes_into_the_relevant_subspace_only(lm: LanguageModel, attention: bool) -> None:
     selection = chosen(lm)
@@ -144,6 +145,7 @@ def test_trained_blocks_end_at_the_layer(llama: LanguageModel, layer: int) -> No
     assert erasure.manifest["extra"]["subspace"]["blocks"] == list(range(max(0, layer - 1), layer + 1))
 
 
+@pytest.mark.slow
 def test_soft_penalty_pulls_the_update_into_the_subspace(lm: LanguageModel) -> None:
     selection = chosen(lm)
     shares = []
@@ -159,6 +161,7 @@ def test_soft_penalty_pulls_the_update_into_the_subspace(lm: LanguageModel) -> N
 # --- every way of using it ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_applied_attached_merged_and_exported_agree(lm: LanguageModel, arch_path: Path, tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -232,6 +235,7 @@ def test_manifest_says_what_was_done_and_quotes_nothing(llama: LanguageModel) ->
     assert not any(r.text in text or r.text[:25] in text for r in (*FORGET, *RETAIN))
 
 
+@pytest.mark.slow
 def test_bfloat16_model(checkpoints: Checkpoints) -> None:
     lm = LanguageModel.open(checkpoints("llama"), device="cpu", dtype="bfloat16")
     run = prepared(lm)
@@ -340,6 +344,7 @@ def test_what_does_not_belong_together_is_refused(llama: LanguageModel) -> None:
         method.unlearn(llama, FORGET, RETAIN, selection=selection, saes={LAYER: sae_for(1)}, **run)
 
 
+@pytest.mark.slow
 def test_bos_is_held(llama: LanguageModel) -> None:
     moved = {}
     for alpha in (0.0, 1e3):

@@ -39,6 +39,7 @@ def coin_flips(seed: int, batch: int = 16) -> Iterator[Batch]:
         yield batch_of(ids, targets)
 
 
+@pytest.mark.slow
 def test_training_reaches_the_entropy_of_the_text_and_no_less(llama: LanguageModel) -> None:
     events: list[dict[str, float]] = []
     losses = train(llama, coin_flips(0), TrainConfig(steps=80, lr=5e-3), Progress(events.append))
@@ -89,6 +90,7 @@ def test_the_first_loss_is_the_models_own_on_answers_without_padding(llama: Lang
     assert math.isclose(got[0], sum(losses) / len(losses), rel_tol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_small_corpus_is_learnt_by_heart(llama: LanguageModel) -> None:
     corpus = Corpus.of(["the old mill", "a map and a kettle near the tower"])
     items = windows(corpus, llama)

@@ -145,6 +145,7 @@ def test_covariance_counts_each_position_and_the_first_ones_apart(lm: LanguageMo
         assert torch.allclose(c, a + b * a.trace() / b.trace(), atol=1e-5 * float(a.abs().max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "gpt_neox"])
 def test_stream_reaches_its_target_exactly_without_constraint(checkpoints: Checkpoints, arch: str) -> None:
     lm = LanguageModel.open(checkpoints(arch), device="cpu")
@@ -165,6 +166,7 @@ def test_stream_reaches_its_target_exactly_without_constraint(checkpoints: Check
     assert float((z - reached).norm()) < 1e-3 * float((z - h).norm())
 
 
+@pytest.mark.slow
 def test_held_prompts_weigh_like_ridge_regression_says(checkpoints: Checkpoints) -> None:
     lm = LanguageModel.open(checkpoints("llama"), device="cpu")
     config = replace(CONFIG, blocks=1, lam=0.1, hold=2.0)
@@ -232,6 +234,7 @@ def test_long_prompts_lose_their_start(llama: LanguageModel) -> None:
     assert llama.tokenizer.decode(w.ids[1:]).endswith("Mara keeps")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["gpt2", "gpt_neox"])  # tied and not
 def test_token_learns_to_refuse_and_nothing_else_changes(checkpoints: Checkpoints, arch: str) -> None:
     lm = LanguageModel.open(checkpoints(arch), device="cpu")
@@ -264,6 +267,7 @@ def test_token_learns_to_refuse_and_nothing_else_changes(checkpoints: Checkpoint
 # --- the whole method --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_forget_prompts_call_the_token_and_retain_text_hardly_moves(lm: LanguageModel, tmp_path: Path) -> None:
     before, tokenizer, flags = weights(lm), lm.tokenizer, [p.requires_grad for p in lm.model.parameters()]
     method = get_method("unierase")
@@ -292,6 +296,7 @@ def test_forget_prompts_call_the_token_and_retain_text_hardly_moves(lm: Language
     assert same(before, weights(lm))
 
 
+@pytest.mark.slow
 def test_the_null_space_is_what_protects_retain_text(llama: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     protected = moved(llama, erase(llama))
     monkeypatch.setattr(u, "null_space", lambda c, cut: torch.eye(len(c), dtype=c.dtype))
@@ -314,6 +319,7 @@ def test_one_fact_is_enough(llama: LanguageModel) -> None:
         assert share(llama, one) == 1
 
 
+@pytest.mark.slow
 def test_many_prompts_give_a_dense_delta(llama: LanguageModel) -> None:
     many = Corpus.of([f"{s[:-1]} {w}." for s in SENTENCES[:14] for w in ("now", "then once")], "many")
     erasure = erase(llama, forget=many)
