@@ -84,25 +84,37 @@ def table(out: Path) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--worlds", type=int, nargs="+", default=[31, 32, 33])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", default=METHODS)
-    parser.add_argument("--budget", choices=["quick", "full"], default="quick")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench/attacks"))
+def arguments(about: str, worlds: list[int], seeds: list[int], methods: list[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--worlds", type=int, nargs="+", default=worlds)
+    parser.add_argument("--seeds", type=int, nargs="+", default=seeds)
+    parser.add_argument("--methods", nargs="+", default=methods)
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--threads", type=int)
+    return parser
+
+
+def paired(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, list[tuple[int, int]]]:
+    """(arguments, (world, seed) of each run); sets the number of threads."""
     args = parser.parse_args()
     if len(args.worlds) != len(args.seeds):
         parser.error("give as many seeds as worlds")
     if args.threads:
         torch.set_num_threads(args.threads)
-    args.out.mkdir(parents=True, exist_ok=True)
+    return args, list(zip(args.worlds, args.seeds))
+
+
+def main() -> None:
+    parser = arguments(__doc__, [31, 32, 33], [0, 1, 2], METHODS)
+    parser.add_argument("--budget", choices=["quick", "full"], default="quick")
+    args, pairs = paired(parser)
+    out = args.out or Path("runs/bench/attacks")
+    out.mkdir(parents=True, exist_ok=True)
     for name in args.methods:
-        for w, seed in zip(args.worlds, args.seeds):
-            one(World(w, args.out), name, seed, args.out, args.budget)
-            (args.out / "table.md").write_text(table(args.out) + "\n")
-    print(table(args.out))
+        for w, seed in pairs:
+            one(World(w, out), name, seed, out, args.budget)
+            (out / "table.md").write_text(table(out) + "\n")
+    print(table(out))
 
 
 if __name__ == "__main__":

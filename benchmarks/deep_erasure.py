@@ -13,21 +13,18 @@ Means over runs (least to greatest). relearned.png shows every run of the folder
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 from pathlib import Path
 from typing import Any
 
-import torch
-from attacks import one, unlearned
+from attacks import arguments, one, paired, unlearned
 from sandbox_frontier import World
 
 from saeunlearn import figures, figures_attacks
 from saeunlearn.checkpoints import write_json
 from saeunlearn.erasure import Erasure
-from saeunlearn.evaluation.evaluate import group_of
-from saeunlearn.evaluation.metrics import multiple_choice, nll
+from saeunlearn.evaluation.metrics import nll
 from saeunlearn.healing import HealConfig, heal
 from saeunlearn.methods import get_method
 from saeunlearn.models import LanguageModel
@@ -36,24 +33,10 @@ from saeunlearn.progress import ConsoleProgress
 from saeunlearn.sandbox.build import build_oracle
 
 # name: method, its settings, those of the healing after it
-VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
-    "tokens": ("key-erasure", {"matrices": "embed"}, None),
-    "blocks-alone-healed": (
-        "key-erasure",
-        {"matrices": "gate,up,down,o,v", "lam": 1.0, "max_retain_rise": 1e6},
-        {"lr": 2e-3, "max_return": 0.9},
-    ),
+VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "blocks-healed": ("key-erasure", {"lam": 1.0, "max_retain_rise": 1e6}, {"lr": 2e-3, "max_return": 0.9}),
-    "blocks-light-healed": ("key-erasure", {"lam": 0.3, "max_retain_rise": 1e6}, {"lr": 2e-3, "max_return": 0.9}),
 }
 RELEARNING = ("relearn-lora", "relearn-full", "unrelated-lora", "unrelated-full")
-
-
-def accuracies(model: LanguageModel, world: World) -> dict[str, float]:
-    groups: dict[str, list[float]] = {}
-    for record, value in zip(world.questions, multiple_choice(model, world.questions).values):
-        groups.setdefault(group_of(record), []).append(value)
-    return {g: statistics.mean(v) for g, v in sorted(groups.items())}
 
 
 def variant(world: World, name: str, seed: int) -> Erasure:
@@ -63,8 +46,6 @@ def variant(world: World, name: str, seed: int) -> Erasure:
         world.model, *sets, config=settings_of(method.Config, settings, name), selection=None, saes={}, seed=seed,
         progress=ConsoleProgress(),
     )  # fmt: skip
-    if healing is None:
-        return erasure
     return heal(world.model, erasure, *sets, settings_of(HealConfig, healing, "healing"), seed, ConsoleProgress())
 
 
@@ -79,10 +60,10 @@ def measure(world: World, name: str, seed: int, out: Path) -> None:
     erasure = unlearned(world, name, seed, folder)
     oracle = LanguageModel.open(build_oracle(world.box, ConsoleProgress()))
     text = world.retain.sample(2000, 0)
-    found: dict[str, Any] = {"original": accuracies(world.model, world), "oracle": accuracies(oracle, world)}
+    found: dict[str, Any] = {"original": world.accuracy(), "oracle": world.accuracy(oracle)}
     before = nll(world.model, text).per_token
     with erasure.apply(world.model):
-        found |= {"edited": accuracies(world.model, world), "nll": nll(world.model, text).per_token / before - 1}
+        found |= {"edited": world.accuracy(), "nll": nll(world.model, text).per_token / before - 1}
     about = json.loads((world.box.oracle / "oracle.json").read_text())
     write_json(file, found | {"oracle_seconds": about["seconds"], "edit": erasure.manifest["extra"],
                               "changed": erasure.manifest["changed"]["share"]})  # fmt: skip
@@ -128,6 +109,8 @@ def picture(out: Path) -> None:
     points, oracles = [], []
     for file in sorted(out.glob("scores-*.json")):
         attacks = out / file.name.replace("scores", "run")
+        if not attacks.exists():  # another process is at it
+            continue
         done = [a["best"] for a in json.loads(attacks.read_text())["attacks"] if a["name"] in RELEARNING]
         scores = json.loads(file.read_text())
         groups = [g for g in scores["original"] if not g.startswith("forget")]
@@ -141,21 +124,11 @@ def picture(out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--worlds", type=int, nargs="+", default=[31, 32, 33, 34, 35])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--methods", nargs="+", default=["key-erasure"])
+    parser = arguments(__doc__, [31, 32, 33, 34, 35], [0, 1, 2, 3, 4], ["key-erasure"])
     parser.add_argument("--vocabulary", type=int, help="of the worlds' tokenizer: a small one splits names into pieces")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--threads", type=int)
-    args = parser.parse_args()
-    if len(args.worlds) != len(args.seeds):
-        parser.error("give as many seeds as worlds")
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    args, pairs = paired(parser)
     out = args.out or Path("runs/bench/deep" + (f"-{args.vocabulary}" if args.vocabulary else ""))
     out.mkdir(parents=True, exist_ok=True)
-    pairs = list(zip(args.worlds, args.seeds))
     for w, seed in pairs:
         world = World(w, out, args.vocabulary)
         for name in args.methods:

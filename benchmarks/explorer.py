@@ -25,10 +25,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from saeunlearn_explorer.state import Explorer, read_json
+from saeunlearn_explorer.state import Explorer
 
 from saeunlearn.checkpoints import write_json
 from saeunlearn.corpus import Corpus
+from saeunlearn.documents import read_json
 from saeunlearn.errors import ConfigError
 
 VISITORS = 20

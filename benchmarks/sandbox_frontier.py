@@ -28,6 +28,7 @@ from saeunlearn.evaluation.metrics import multiple_choice
 from saeunlearn.features.selection import SelectConfig, Selection
 from saeunlearn.methods.deltas import attached
 from saeunlearn.methods.sspu import SSPUConfig, fit, prepare, settle
+from saeunlearn.models import LanguageModel
 from saeunlearn.options import settings_of
 from saeunlearn.pipeline import choose
 from saeunlearn.progress import ConsoleProgress, Progress
@@ -53,10 +54,10 @@ class World:
     def saes(self) -> Mapping[int, Any]:
         return self.case.saes()
 
-    def accuracy(self) -> dict[str, float]:
-        """Multiple choice by group."""
+    def accuracy(self, model: LanguageModel | None = None) -> dict[str, float]:
+        """Multiple choice by group, of the world's model or another one."""
         groups: dict[str, list[float]] = {}
-        for record, value in zip(self.questions, multiple_choice(self.model, self.questions).values):
+        for record, value in zip(self.questions, multiple_choice(model or self.model, self.questions).values):
             groups.setdefault(group_of(record), []).append(value)
         return {k: statistics.mean(v) for k, v in sorted(groups.items())}
 

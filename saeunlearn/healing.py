@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 
@@ -28,14 +28,14 @@ from torch import Tensor, nn
 
 from .corpus import Batch, Corpus, endless, windows
 from .erasure import Erasure, WeightDelta
-from .errors import ConfigError, NonFiniteError
+from .errors import ConfigError
 from .losses import mean_loss
 from .methods.budget import some
 from .models import LanguageModel
 from .parts import base_parameters
 from .progress import Progress
 from .stored import parameter_key
-from .training import one_cycle
+from .training import TrainConfig, train
 
 ERASED = 0.9  # of the energy of a ΔW: the input directions that healing must not write to
 MOVED = 0.5  # rows that the edit changed by more than this share of their length stay as they are
@@ -89,7 +89,27 @@ def heal(
     start = {k: p.detach().clone() for k, p in base_parameters(student).items()}
     held = {k: held_by(p, start[k]) for p in erasure.parts if isinstance(p, WeightDelta)
             and (k := parameter_key(p.name))}  # fmt: skip
-    losses = _train(model, student, rows, start, held, config, progress)
+    student.model.requires_grad_(True)
+
+    def distance(b: Batch, logits: Tensor) -> Tensor:
+        """KL(original ‖ edited), nats a token."""
+        there = b.attention_mask.bool()
+        with torch.no_grad():
+            wanted = model.model(input_ids=b.ids, attention_mask=b.attention_mask, use_cache=False).logits
+        now, then = (x[there].float().log_softmax(-1) for x in (logits, wanted))
+        return nn.functional.kl_div(now, then, log_target=True, reduction="batchmean")
+
+    @torch.no_grad()
+    def hold(_step: int) -> None:
+        for k, p in base_parameters(student).items():
+            if k in held:
+                held[k].restore(p, start[k])
+
+    plan = TrainConfig(steps=config.steps, lr=config.lr, weight_decay=0.0)
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):  # dropout, where the model has any
+        torch.manual_seed(seed)
+        losses = train(student, rows, plan, progress, "healing", hold, distance)
     now = {k: p.detach().clone() for k, p in base_parameters(student).items()}
 
     def at(scale: float) -> float:
@@ -209,42 +229,3 @@ def held_by(part: WeightDelta, weight: Tensor) -> Held:
     energy = sizes.pow(2).cumsum(0)
     r = int((energy < ERASED * energy[-1]).sum()) + 1
     return Held(None, right[:r].T.contiguous(), part.transposed)
-
-
-def _train(
-    teacher: LanguageModel, student: LanguageModel, rows: Iterator[Batch], start: dict[str, Tensor],
-    held: dict[str, Held], config: HealConfig, progress: Progress,
-) -> list[float]:  # fmt: skip
-    """Train `student` in place; the KL of each step in nats a token."""
-    parameters = base_parameters(student)
-    for p in parameters.values():
-        p.requires_grad_(True)
-    optimiser = torch.optim.AdamW(list(parameters.values()), lr=config.lr, betas=(0.9, 0.98), weight_decay=0.0)
-    losses: list[float] = []
-    progress.start("healing", config.steps)
-    for step in range(config.steps):
-        for group in optimiser.param_groups:
-            group["lr"] = config.lr * one_cycle(step, config.steps, 0.1)
-        optimiser.zero_grad(set_to_none=True)
-        b = next(rows).to(student.device)
-        given = {"input_ids": b.ids, "attention_mask": b.attention_mask, "use_cache": False}
-        there = b.attention_mask.bool()
-        with torch.no_grad():
-            wanted = teacher.model(**given).logits[there].float().log_softmax(-1)
-        logits = student.model(**given).logits[there].float().log_softmax(-1)
-        kl = nn.functional.kl_div(logits, wanted, log_target=True, reduction="batchmean")
-        kl.backward()
-        loss = kl.item()
-        if not math.isfinite(loss):
-            raise NonFiniteError(f"healing: the loss is {loss} at step {step}; lower lr")
-        nn.utils.clip_grad_norm_(list(parameters.values()), 1.0)
-        optimiser.step()
-        with torch.no_grad():
-            for key, part in held.items():
-                part.restore(parameters[key], start[key])
-        losses.append(loss)
-        progress.step(kl=loss)
-    progress.finish(kl=losses[-1])
-    for p in parameters.values():
-        p.requires_grad_(False)
-    return losses

@@ -15,6 +15,7 @@ from typing import Any
 
 from .checkpoints import sha256_file
 from .corpus import Corpus
+from .documents import read_json
 from .erasure import Erasure
 from .errors import ConfigError, RunError, SaeunlearnError
 from .evaluation.again import (
@@ -57,7 +58,7 @@ def verify(
         raise RunError(f"{root} is not a run directory: it has no run.json")
     if sample < 0:
         raise ConfigError(f"sample = {sample}: 0 scores nothing anew, a negative number means nothing")
-    run, evaluation = _json(root / "run.json"), _json(root / "evaluation.json")
+    run, evaluation = read_json(root / "run.json"), read_json(root / "evaluation.json")
     config = as_object(run.get("config"))
     checks = report_checks(root, progress)
     checks += _run_checks(root, run, config)
@@ -80,20 +81,12 @@ def verify(
     return checks
 
 
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}  # that it is damaged or gone is said by the checks of the report and of what is missing in it
-    return as_object(content)
-
-
 # --- the report, the run, the Erasure ----------------------------------------------------------------------
 
 
 def report_checks(root: Path, progress: Progress) -> list[Check]:
     """The sha256 of every file, and report.json against the files it was made from."""
-    doc = _json(root / "report.json")
+    doc = read_json(root / "report.json")
     files, pages = doc.pop("files", None), doc.pop("pages", None)
     if not isinstance(files, dict) or not isinstance(pages, dict):
         return [check("report.json", FAIL, "not there or damaged: `saeunlearn report` writes it")]
@@ -130,7 +123,7 @@ def changed_files(root: Path, files: Mapping[str, Any], pages: Mapping[str, Any]
 def _run_checks(root: Path, run: Mapping[str, Any], config: Mapping[str, Any]) -> list[Check]:
     key = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
     out = [outcome("run.json: settings", [] if run.get("key") == key else ["their hash is not `key`"], "hash `key`")]
-    selection = _json(root / "selection.json")
+    selection = read_json(root / "selection.json")
     if selection:
         claimed = [("model", selection.get("model_fingerprint")), ("forget", selection.get("forget_fingerprint")),
                    ("retain", selection.get("retain_fingerprint"))]  # fmt: skip
@@ -149,7 +142,7 @@ def _erasure(root: Path, run: Mapping[str, Any]) -> tuple[Erasure | None, list[C
     out = [check("erasure: payloads and id", PASS, f"{len(erasure.parts)} parts, id {erasure.id[:12]}"),
            outcome("erasure: inputs", _foreign(run, claimed), "those of run.json")]  # fmt: skip
     if (root / "attacks.json").exists():
-        same = _json(root / "attacks.json").get("erasure_id") == erasure.id
+        same = read_json(root / "attacks.json").get("erasure_id") == erasure.id
         out.append(outcome("attacks.json: Erasure", [] if same else ["another Erasure, or damaged"], "this one"))
     return erasure, out
 

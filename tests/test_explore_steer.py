@@ -15,6 +15,7 @@ from conftest import SENTENCES
 from erasures import IDS, same, weights
 from explored import LAYER, opened, saes
 from guarded import D_SAE, FEATURES, KINDS, hooks, random_sae
+from safetensors.torch import load_file
 from torch import Tensor
 
 from saeunlearn.cli import main
@@ -153,15 +154,16 @@ import sys
 sys.modules["saeunlearn"] = None
 sys.path.insert(0, {str(tmp_path / "out")!r})
 import torch
+from safetensors.torch import save_file
 from saeunlearn_deploy import attach
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({str(checkpoints("llama"))!r}).eval()
 attach(model, {str(tmp_path / "out")!r})
 with torch.no_grad():
-    torch.save(model(input_ids=torch.tensor({IDS.tolist()})).logits, {str(tmp_path / "logits.pt")!r})
+    save_file({{"logits": model(input_ids=torch.tensor({IDS.tolist()})).logits}}, {str(tmp_path / "logits")!r})
 """
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-    assert torch.allclose(torch.load(tmp_path / "logits.pt"), expected, atol=1e-5)
+    assert torch.allclose(load_file(tmp_path / "logits")["logits"], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(

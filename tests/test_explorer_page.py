@@ -109,6 +109,8 @@ def test_a_click_on_a_point_opens_its_feature(seen: Watched) -> None:
     page.mouse.up()
     number = re.match(r"feature (\d+)", said).group(1)  # type: ignore[union-attr]
     page.wait_for_selector(f"#feature h2:has-text('feature {number}')")
+    assert page.get_by_role("tab", name="Feature").get_attribute("aria-selected") == "true"
+    assert field(page, "feature-number").input_value() == number
 
 
 def test_a_prompt_is_compared(seen: Watched, finished: Any) -> None:

@@ -6,6 +6,7 @@ Everything a visitor chooses lives in that visitor's own page (components and gr
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import re
 import threading
@@ -16,6 +17,7 @@ from typing import Any
 
 import gradio as gr
 
+from saeunlearn.documents import read_json
 from saeunlearn.errors import ConfigError, RunError, SaeunlearnError
 
 from .jobs import Jobs, LiveProgress
@@ -148,6 +150,10 @@ class Explorer:
     def indexed(self) -> bool:
         return self._index is not None
 
+    def next_name(self, room: str, stem: str) -> str:
+        """stem-1, or with the next number that is free in that folder of the run directory."""
+        return next(name for n in itertools.count(1) if not (self.root / room / (name := f"{stem}-{n}")).exists())
+
     def free_name(self, name: str) -> str:
         """The name, where a new Erasure can have it. Raises ConfigError for a taken or odd one."""
         if not re.fullmatch(r"\w[\w.-]{0,59}", name):
@@ -196,15 +202,6 @@ def document(root: Path) -> dict[str, Any]:
     from saeunlearn.evaluation.removal import gather
 
     return gather(root, include_text=True)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a file; {} where there is none."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # the document says what is missing or damaged
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def safely(fn: Callable[..., Any], outputs: int) -> Callable[..., list[Any]]:

@@ -75,7 +75,7 @@ def build(app: Explorer, demo: gr.Blocks) -> View:
     def begin(forget: Any, retain: Any, questions: Any, method: str, layer: str, k: str, rise: str, seed: float,
               lines: str, name: str, keep: bool) -> tuple[Any, ...]:  # fmt: skip
         config = configured(app, [forget, retain, questions], method, layer, k, rise, seed, lines, keep)
-        name = app.free_name(words(name) or _free_name(app, method))
+        name = app.free_name(words(name) or app.next_name(MADE, method))
         job = app.jobs.start(config, app.root / MADE / name, name, lambda job: app.add(job.name, job.root / "erasure"))
         return job.id, gr.Timer(active=True), str(shown(job)), gr.Button(interactive=True)
 
@@ -132,6 +132,7 @@ def configured(app: Explorer, uploads: list[str | None], method: str, layer: str
         saes=str(trained) if (trained / "saes.json").exists() else own.saes,
         selection=str(selection) if as_chosen else None,
         select=select, method=method, settings=settings, seed=whole(seed, "the seed"), include_text=keep,
+        heal=own.heal if method == own.method else None,
     )  # fmt: skip
 
 
@@ -185,13 +186,6 @@ def _lines(settings: dict[str, Any]) -> str:
 
 def _as_json(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _free_name(app: Explorer, method: str) -> str:
-    n = 1
-    while (app.root / MADE / f"{method}-{n}").exists():
-        n += 1
-    return f"{method}-{n}"
 
 
 def _kept(upload: str | None) -> str | None:

@@ -11,6 +11,7 @@ from urllib.parse import quote
 import gradio as gr
 from markupsafe import Markup
 
+from saeunlearn.documents import read_json
 from saeunlearn.evaluation.meaning import METRICS, is_forget
 
 from ..frontier import frontier
@@ -30,7 +31,7 @@ from ..pieces import (
     under,
     whiskers,
 )  # fmt: skip
-from ..state import Explorer, document, read_json, safely
+from ..state import Explorer, document, safely
 
 
 def build(app: Explorer) -> tuple[Any, None, list[gr.HTML]]:

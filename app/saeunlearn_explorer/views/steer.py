@@ -77,7 +77,7 @@ def build(app: Explorer, layer: gr.Dropdown, field: gr.Textbox, chosen: gr.State
         from saeunlearn.explore.steer import save_guard
 
         at, settings = whole(layer, "the layer"), choice(values)
-        name = words(name) or _free(app)
+        name = words(name) or app.next_name(GUARDS, "guard")
         folder = app.root / GUARDS / app.free_name(name)
         save_guard(app.run(), at, settings, folder)
         app.add(name, folder)
@@ -133,10 +133,3 @@ def rendered(view: dict[str, Any]) -> Markup:
     return Markup('<div class="side-by-side">{}</div><div class="columns">{}{}</div>').format(
         join(sides), features(view["features"]), residual(view["residual"])
     )
-
-
-def _free(app: Explorer) -> str:
-    n = 1
-    while (app.root / GUARDS / f"guard-{n}").exists():
-        n += 1
-    return f"guard-{n}"
