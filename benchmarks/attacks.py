@@ -46,15 +46,18 @@ def unlearned(world: World, name: str, seed: int, folder: Path) -> Erasure:
     return Erasure.load(folder)
 
 
-def one(world: World, name: str, seed: int, out: Path, budget: str) -> None:
+def one(world: World, name: str, seed: int, out: Path, budget: str, names: list[str] | None = None) -> None:
+    """Attack it with these attacks, all without any."""
     file = out / f"run-{world.seed}-{name}-{seed}.json"
     earlier = json.loads(file.read_text()) if file.exists() else None
-    if earlier and len(earlier["attacks"]) == len(ATTACKS) and earlier["damage"]:
+    done = {a["name"] for a in earlier["attacks"]} if earlier else set()
+    if earlier and (earlier["damage"] or names) and done >= set(names or ATTACKS):
         return
     erasure = unlearned(world, name, seed, out / f"erasure-{world.seed}-{name}-{seed}")
     oracle = LanguageModel.open(build_oracle(world.box, ConsoleProgress()))
-    attack(world.model, erasure, world.forget, world.retain, world.questions, oracle=oracle, budget=budget, seed=seed,
-           progress=ConsoleProgress(), earlier=earlier, save=lambda d: write_json(file, d))  # fmt: skip
+    attack(world.model, erasure, world.forget, world.retain, world.questions, oracle=oracle, names=names,
+           budget=budget, seed=seed, progress=ConsoleProgress(), earlier=earlier,
+           save=lambda d: write_json(file, d))  # fmt: skip
 
 
 def table(out: Path) -> str:

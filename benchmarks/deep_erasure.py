@@ -4,49 +4,62 @@
     python benchmarks/deep_erasure.py --vocabulary 400 …        # names of several tokens instead of one
 
 World and seed go in pairs. Each run trains or solves one method with its defaults (SSPU with the settings of
-`saeunlearn demo`), or one of VARIANTS, scores it beside the oracle and attacks both with the whole battery
-(`attacks.py`); finished work is kept. Writes table.md: multiple choice on forget questions and its difference from the
-oracle's, near and far as shares of the original (the worst of seen, held-out and untouched), the loss on retain text,
-the accuracy after the best relearning attack and the oracle's after the same, and the worst attack's recovered share.
-Means over runs (least to greatest). relearned.png shows every run of the folder.
+`saeunlearn demo`), or one of the VARIANTS of neighbours.py, scores it beside the oracle and attacks both with the whole
+battery (`attacks.py`); finished work is kept. Writes table.md: multiple choice on forget questions and its difference
+from the oracle's, near and far as shares of the original (the worst of seen, held-out and untouched), the loss on
+retain text, the accuracy after the best relearning attack and the oracle's after the same, the worst attack's recovered
+share, and the compute as a share of the oracle's training (tokens through the model, three times with a gradient;
+training of SAEs is left out). Means over runs (least to greatest). relearned.png shows every run of the folder,
+compute.png what was relearned and kept over compute.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
+import time
 from pathlib import Path
 from typing import Any
 
-from attacks import arguments, one, paired, unlearned
+from attacks import arguments, one, paired
+from neighbours import VARIANTS, by_method, counted
 from sandbox_frontier import World
 
 from saeunlearn import figures, figures_attacks
 from saeunlearn.checkpoints import write_json
+from saeunlearn.corpus import Corpus, endless, windows
 from saeunlearn.erasure import Erasure
+from saeunlearn.evaluation.attacks.battery import ATTACKS
 from saeunlearn.evaluation.metrics import nll
-from saeunlearn.healing import HealConfig, heal
-from saeunlearn.methods import get_method
 from saeunlearn.models import LanguageModel
-from saeunlearn.options import settings_of
 from saeunlearn.progress import ConsoleProgress
 from saeunlearn.sandbox.build import build_oracle
 
-# name: method, its settings, those of the healing after it
-VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "blocks-healed": ("key-erasure", {"lam": 1.0, "max_retain_rise": 1e6}, {"lr": 2e-3, "max_return": 0.9}),
-}
 RELEARNING = ("relearn-lora", "relearn-full", "unrelated-lora", "unrelated-full")
 
 
-def variant(world: World, name: str, seed: int) -> Erasure:
-    method_name, settings, healing = VARIANTS[name]
-    method, sets = get_method(method_name), (world.forget, world.retain)
-    erasure = method.unlearn(
-        world.model, *sets, config=settings_of(method.Config, settings, name), selection=None, saes={}, seed=seed,
-        progress=ConsoleProgress(),
-    )  # fmt: skip
-    return heal(world.model, erasure, *sets, settings_of(HealConfig, healing, "healing"), seed, ConsoleProgress())
+def oracle_units(world: World) -> int:
+    """What `neighbours.counted` would count of the oracle's training."""
+    info = world.box.describe()["config"]
+    left_out = {r.id for r in world.forget}
+    texts = [r.text for r in Corpus.load(world.box.root / "train.jsonl") if r.id not in left_out]
+    corpus = Corpus.of([t + world.model.tokenizer.eos_token for t in texts])
+    rows = endless(windows(corpus, world.model), world.model.pad_id, info["batch"], world.seed)
+    return 3 * sum(b.ids.numel() for b in itertools.islice(rows, info["training"]["steps"]))
+
+
+def made(world: World, name: str, seed: int, out: Path) -> Erasure:
+    """The Erasure of a method or variant, made once, with what it cost beside it: compute-….json."""
+    folder = out / f"erasure-{world.seed}-{name}-{seed}"
+    if not folder.exists():
+        started = time.monotonic()
+        with counted() as found:
+            erasure = VARIANTS[name](world, seed) if name in VARIANTS else by_method(world, name, seed)
+        cost = {"share": found["units"] / oracle_units(world), "seconds": round(time.monotonic() - started, 1)}
+        write_json(out / f"compute-{world.seed}-{name}-{seed}.json", cost)
+        erasure.save(folder)
+    return Erasure.load(folder)
 
 
 def measure(world: World, name: str, seed: int, out: Path) -> None:
@@ -54,24 +67,21 @@ def measure(world: World, name: str, seed: int, out: Path) -> None:
     file = out / f"scores-{world.seed}-{name}-{seed}.json"
     if file.exists():
         return
-    folder = out / f"erasure-{world.seed}-{name}-{seed}"
-    if name in VARIANTS and not folder.exists():
-        variant(world, name, seed).save(folder)
-    erasure = unlearned(world, name, seed, folder)
+    erasure = made(world, name, seed, out)
     oracle = LanguageModel.open(build_oracle(world.box, ConsoleProgress()))
     text = world.retain.sample(2000, 0)
     found: dict[str, Any] = {"original": world.accuracy(), "oracle": world.accuracy(oracle)}
     before = nll(world.model, text).per_token
     with erasure.apply(world.model):
         found |= {"edited": world.accuracy(), "nll": nll(world.model, text).per_token / before - 1}
-    about = json.loads((world.box.oracle / "oracle.json").read_text())
-    write_json(file, found | {"oracle_seconds": about["seconds"], "edit": erasure.manifest["extra"],
-                              "changed": erasure.manifest["changed"]["share"]})  # fmt: skip
+    cost = json.loads((out / f"compute-{world.seed}-{name}-{seed}.json").read_text())
+    write_json(file, found | {"compute": cost["share"], "seconds": cost["seconds"]})
 
 
 def table(out: Path, methods: list[str], pairs: list[tuple[int, int]]) -> str:
     titles = ["method", "runs", "forget seen", "forget held out", "− oracle (largest)", "near kept", "far kept",
-              "untouched kept", "retain loss +%", "relearned", "oracle relearned", "worst attack recovers"]  # fmt: skip
+              "untouched kept", "retain loss +%", "relearned", "oracle relearned", "worst attack recovers",
+              "compute"]  # fmt: skip
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
 
     def cell(values: list[float]) -> str:
@@ -98,14 +108,14 @@ def table(out: Path, methods: list[str], pairs: list[tuple[int, int]]) -> str:
             name, str(len(found)), *(cell([s["edited"][f"forget/{p}"] for s in scores]) for p in ("seen", "held_out")),
             cell(gaps), cell(kept("near")), cell(kept("far")), cell(untouched),
             cell([100 * s["nll"] for s in scores]), cell(after("accuracy")), cell(after("oracle_accuracy")),
-            cell([r["headline"]["recovered"] for r in runs]),
+            cell([r["headline"]["recovered"] for r in runs]), cell([s["compute"] for s in scores]),
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def picture(out: Path) -> None:
-    """relearned.png, of every finished run in the folder."""
+def pictures(out: Path) -> None:
+    """relearned.png and compute.png, of every finished run in the folder."""
     points, oracles = [], []
     for file in sorted(out.glob("scores-*.json")):
         attacks = out / file.name.replace("scores", "run")
@@ -118,14 +128,18 @@ def picture(out: Path) -> None:
             "name": file.stem.split("-", 2)[2].rpartition("-")[0], "relearned": max(b["accuracy"] for b in done),
             "kept": min(scores["edited"][g] / scores["original"][g] for g in groups),
             "edited": statistics.mean(v for g, v in scores["edited"].items() if g not in groups),
+            "compute": scores["compute"],
         })  # fmt: skip
         oracles.append(max(b["oracle_accuracy"] for b in done))
-    figures.save(figures_attacks.kept_against_relearned(points, statistics.mean(oracles), 0.25), out / "relearned.png")
+    oracle = statistics.mean(oracles)
+    figures.save(figures_attacks.kept_against_relearned(points, oracle, 0.25), out / "relearned.png")
+    figures.save(figures_attacks.over_compute(points, oracle, 0.25), out / "compute.png")
 
 
 def main() -> None:
     parser = arguments(__doc__, [31, 32, 33, 34, 35], [0, 1, 2, 3, 4], ["key-erasure"])
     parser.add_argument("--vocabulary", type=int, help="of the worlds' tokenizer: a small one splits names into pieces")
+    parser.add_argument("--attacks", nargs="+", choices=[*ATTACKS], help="only these (default all)")
     args, pairs = paired(parser)
     out = args.out or Path("runs/bench/deep" + (f"-{args.vocabulary}" if args.vocabulary else ""))
     out.mkdir(parents=True, exist_ok=True)
@@ -133,9 +147,9 @@ def main() -> None:
         world = World(w, out, args.vocabulary)
         for name in args.methods:
             measure(world, name, seed, out)
-            one(world, name, seed, out, "quick")
+            one(world, name, seed, out, "quick", args.attacks)
             (out / "table.md").write_text(table(out, args.methods, pairs) + "\n")
-    picture(out)
+    pictures(out)
     print(table(out, args.methods, pairs))
 
 

@@ -167,13 +167,14 @@ def unlearn(args: argparse.Namespace) -> None:
 
 
 def methods(args: argparse.Namespace) -> None:
-    from .methods import get_method, known_methods
+    from .methods import RECOMMENDED, get_method, known_methods
 
     for name in known_methods():
         try:
             print(method_lines(get_method(name)))
         except ConfigError as e:  # a package that does not load must not hide the others
             print(f"{name}: {e}")
+    print(f"\nRecommended where what is taken has to stay away when somebody trains the model again: {RECOMMENDED}")
 
 
 def diversify(args: argparse.Namespace) -> None:

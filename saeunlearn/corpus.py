@@ -130,12 +130,14 @@ def refuse_overlap(forget: Corpus, retain: Corpus) -> None:
 class Window:
     """Token ids of one record or of a part of it (BOS first where the model has one).
 
-    `answer_start`: index of the first answer token of a question/answer pair, else 1.
+    `answer_start`: index of the first answer token of a question/answer pair, else 1. `chosen`: for each of `ids`,
+    whether it may be a target; None: all may.
     """
 
     ids: tuple[int, ...]
     answer_start: int
     record: int
+    chosen: tuple[bool, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ class Batch:
 
     `mask` (bool) marks the positions whose activations count: never padding, and never the first
     position: it is BOS, or acts as the attention sink in its place. `targets` (bool) marks the tokens
-    that are predicted and scored: those of `mask`, from the answer's start on for pairs.
+    that are predicted and scored: those of `mask`, from the answer's start on for pairs, that were chosen.
     """
 
     ids: Tensor
@@ -256,6 +258,8 @@ def collate(items: Sequence[Window], pad_id: int) -> Batch:
         ids[row, :n] = torch.tensor(w.ids)
         attention[row, :n] = 1
         targets[row, min(w.answer_start, n) : n] = True
+        if w.chosen is not None:
+            targets[row, :n] &= torch.tensor(w.chosen)
     mask = attention.bool().clone()
     mask[:, 0] = False
     return Batch(ids, attention, mask, targets & mask, tuple(w.record for w in items))

@@ -104,3 +104,29 @@ def kept_against_relearned(points: Sequence[Mapping[str, Any]], oracle: float, c
     ax.set(ylabel="share correct on other forget facts", title="After relearning; the lines begin before it")
     fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return _finish(fig)
+
+
+def over_compute(points: Sequence[Mapping[str, Any]], oracle: float, chance: float) -> Figure:
+    """Points {"name", "compute", "kept", "relearned"}: what is relearned, and what is kept of the worst retain group,
+    over the compute as a share of the oracle's training. Names that differ in a number at their end share a line.
+    """
+    fig = _figure(8.4, 3.8)
+    axes = fig.subplots(1, 2)
+    families: dict[str, list[Mapping[str, Any]]] = {}
+    for p in points:
+        families.setdefault(p["name"].rstrip("0123456789").rstrip("-"), []).append(p)
+    for i, (name, own) in enumerate(families.items()):
+        own.sort(key=lambda p: p["compute"])
+        colour, marker = _SERIES[i % len(_SERIES)], _MARKERS[i % len(_MARKERS)]
+        for ax, key in zip(axes, ("relearned", "kept")):
+            ax.plot([p["compute"] for p in own], [p[key] for p in own], marker, linestyle="-", linewidth=0.9,
+                    color=colour, label=name)  # fmt: skip
+    for ax, level in zip(axes, (oracle, 1.0)):
+        ax.plot([1.0], [level], "*", markersize=11, color=GREY, label="oracle")
+        ax.axvline(0.2, color=GREY, linewidth=0.9, linestyle="--")
+        ax.set(xscale="log", ylim=(0, 1.03), xlabel="compute (share of the oracle's training)")
+    axes[0].axhline(chance, color=BLACK, linewidth=0.9, linestyle=":", label="chance")
+    axes[0].set(title="After the best relearning", ylabel="share correct on other forget facts")
+    axes[1].set(title="Kept", ylabel="worst near or far group (share of the original)")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return _finish(fig)

@@ -7,10 +7,6 @@ input side, to the right singular vectors that hold `ERASED` of the energy of it
 edit moved far stay where they are. And the loss on forget text is watched: of the healing only as large a share is
 taken as leaves the edit that much of its effect there.
 
-Sentences of the original that look like forget text are left out: those whose token pairs have, in the mean, a
-log-ratio of their frequencies in forget and retain set above 0 and above what nearly all held-out retain records
-(SEEN_SHARE of them) have.
-
 Compute: one forward pass of the original and a forward and a backward pass of the edited model a step, and the
 sampling, a forward pass a token.
 """
@@ -18,10 +14,7 @@ sampling, a forward pass a token.
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +25,7 @@ from .errors import ConfigError
 from .losses import mean_loss
 from .methods.budget import some
 from .models import LanguageModel
+from .own_text import own_sentences
 from .parts import base_parameters
 from .progress import Progress
 from .stored import parameter_key
@@ -39,8 +33,6 @@ from .training import TrainConfig, train
 
 ERASED = 0.9  # of the energy of a ΔW: the input directions that healing must not write to
 MOVED = 0.5  # rows that the edit changed by more than this share of their length stay as they are
-SEEN_SHARE = 0.95
-SAMPLES_AT_ONCE = 128
 
 
 @dataclass(frozen=True)
@@ -79,7 +71,9 @@ def heal(
     config.check()
     if other := sorted({p.kind for p in erasure.parts} - {WeightDelta.kind}):
         raise ConfigError(f"only changes of weights can be healed; {erasure.manifest['method']} has {', '.join(other)}")
-    text = own_sentences(model, forget, retain, config, seed, progress) if config.samples else retain
+    text = retain
+    if config.samples:
+        text = own_sentences(model, forget, retain, config.samples, config.tokens, seed, progress)
     rows = endless(windows(text, model, config.max_length), model.pad_id, config.batch, seed)
     student = model.copy()
     student.model.float()
@@ -138,63 +132,6 @@ def heal(
         retain_fingerprint=manifest["retain_fingerprint"], selection=manifest["selection"], saes=manifest["saes"],
         losses=manifest["losses"], extra={**manifest["extra"], "heal": said},
     )  # fmt: skip
-
-
-@torch.no_grad()
-def own_sentences(
-    model: LanguageModel, forget: Corpus, retain: Corpus, config: HealConfig, seed: int, progress: Progress
-) -> Corpus:
-    """Sentences that the model writes after its first token, sampled at temperature 1, without what looks like forget
-    text. Where the tokenizer begins with no token of its own, they begin as retain records do.
-
-    Raises ConfigError where hardly any (one in twenty) may be kept.
-    """
-    tokenizer, kept = model.tokenizer, list[str]()
-    limit, ratios = _telling(model, forget, retain, config.max_length)
-    firsts = [w.ids[0] for w in windows(retain, model, config.max_length)]
-    start = model.model.generation_config.eos_token_id
-    tried = done = 0
-    progress.start("sentences of the original", config.samples)
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        while len(kept) < config.samples:
-            if tried >= 20 * (len(kept) + SAMPLES_AT_ONCE):
-                raise ConfigError(
-                    f"{tried - len(kept)} of {tried} sentences that {model.name} wrote look like forget text: heal on "
-                    "retain records alone (samples=0)"
-                )
-            at = torch.randint(len(firsts), (SAMPLES_AT_ONCE,))
-            ids = torch.tensor([[firsts[int(i)]] for i in at], device=model.device)
-            out = model.model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_k=0,
-                max_new_tokens=config.tokens, eos_token_id=start, pad_token_id=model.pad_id,
-            )  # fmt: skip
-            for row in out.tolist():
-                tried += 1
-                text = tokenizer.decode(row, skip_special_tokens=True)
-                if text.strip() and _likeness(row, ratios) <= limit:
-                    kept.append(text)
-            progress.step(max(0, min(len(kept), config.samples) - done))
-            done = min(len(kept), config.samples)
-    progress.finish()
-    return Corpus.of(kept[: config.samples], "the original's own sentences")
-
-
-def _telling(
-    model: LanguageModel, forget: Corpus, retain: Corpus, length: int
-) -> tuple[float, dict[tuple[int, int], float]]:
-    """(likeness to forget text up to which a sentence is kept, log-ratios of token pairs)."""
-    used, held = retain.split(0.2, 0)
-    n_f, n_r = (Counter(p for w in windows(c, model, length) for p in pairwise(w.ids)) for c in (forget, used))
-    more = math.log((n_r.total() + 1) / (n_f.total() + 1))
-    ratios = {p: math.log((n_f[p] + 1) / (n_r[p] + 1)) + more for p in {*n_f, *n_r}}
-    likeness = [_likeness(w.ids, ratios) for w in windows(held, model, length)]
-    return max(0.0, float(torch.tensor(likeness).quantile(SEEN_SHARE))), ratios
-
-
-def _likeness(ids: Sequence[int], ratios: Mapping[tuple[int, int], float]) -> float:
-    """Mean log-ratio of the token pairs; those of neither set count as 0."""
-    return sum(ratios.get(p, 0.0) for p in pairwise(ids)) / max(1, len(ids) - 1)
 
 
 @dataclass(frozen=True)

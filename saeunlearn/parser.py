@@ -212,7 +212,9 @@ def add_selection(p: argparse.ArgumentParser) -> None:
 
 
 def add_method(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--method", default="sspu", help="see `saeunlearn methods` (default sspu)")
+    p.add_argument(
+        "--method", default="sspu", help="see `saeunlearn methods` (default sspu; overwrite withstands relearning best)"
+    )
     p.add_argument("--form", choices=["hard", "soft"], help="SSPU: exact projection (default) or penalty")
     p.add_argument("--update", choices=["plain", "restricted"], help="restricted: gradients that spare the other loss")
     p.add_argument("--max-retain-rise", type=float, help="rise of the loss on held-out retain text that is allowed")

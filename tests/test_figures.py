@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from saeunlearn import figures
-from saeunlearn.figures_attacks import kept_against_relearned
+from saeunlearn.figures_attacks import kept_against_relearned, over_compute
 
 ROWS = [
     {"layer": 2, "scores": {"auc": 0.71}, "probe": {"forget_rise": 2.0}, "chosen": True},
@@ -165,3 +165,17 @@ def test_kept_against_relearned_shows_every_point_and_both_levels() -> None:
     assert [lines[n].get_ydata()[0] for n in ("oracle, relearned", "chance")] == [0.27, 0.25]
     falls = [list(line.get_ydata()) for line in ax.lines if str(line.get_label()).startswith("_")]
     assert falls == [[0.3, 0.8], [0.25, 0.6], [0.28, 0.31]]
+
+
+def test_over_compute_joins_the_sizes_of_one_variant() -> None:
+    points = [
+        {"name": name, "compute": compute, "kept": 0.9, "relearned": relearned}
+        for name, compute, relearned in (("take-200", 0.2, 0.4), ("take-50", 0.05, 0.6), ("other", 0.3, 0.9))
+    ]
+    left, right = over_compute(points, 0.27, 0.25).axes
+    lines = {line.get_label(): line for line in left.lines}
+    assert lines["take"].get_xdata().tolist() == [0.05, 0.2]
+    assert lines["take"].get_ydata().tolist() == [0.6, 0.4]
+    assert lines["oracle"].get_ydata().tolist() == [0.27]
+    assert "compute" in left.get_xlabel()
+    assert right.get_ylim() == (0, 1.03)

@@ -16,11 +16,12 @@ from saeunlearn.cli import main
 from saeunlearn.corpus import Corpus, windows
 from saeunlearn.erasure import Erasure, WeightDelta
 from saeunlearn.errors import Cancelled, ConfigError
-from saeunlearn.healing import ERASED, HealConfig, heal, held_by, own_sentences
+from saeunlearn.healing import ERASED, HealConfig, heal, held_by
 from saeunlearn.losses import mean_loss
 from saeunlearn.methods import get_method
 from saeunlearn.methods.keyerasure import KeyErasureConfig
 from saeunlearn.models import LanguageModel
+from saeunlearn.own_text import own_sentences
 from saeunlearn.pipeline import unlearn
 from saeunlearn.progress import Progress
 
@@ -127,14 +128,16 @@ def test_one_seed_one_result(llama: LanguageModel, tmp_path: Path) -> None:
 def test_sentences_are_the_originals_and_not_like_forget_text(
     llama: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = own_sentences(llama, FORGET, RETAIN, CONFIG, 0, Progress())
+    own = own_sentences(llama, FORGET, RETAIN, CONFIG.samples, CONFIG.tokens, 0, Progress())
     assert len(own) == CONFIG.samples
-    assert [r.text for r in own] == [r.text for r in own_sentences(llama, FORGET, RETAIN, CONFIG, 0, Progress())]
+    assert [r.text for r in own] == [
+        r.text for r in own_sentences(llama, FORGET, RETAIN, CONFIG.samples, CONFIG.tokens, 0, Progress())
+    ]
     # A model that writes nothing but one sentence of the forget set has nothing to say.
     ids = windows(FORGET, llama, 32)[0].ids[: CONFIG.tokens]
     monkeypatch.setattr(llama.model, "generate", lambda *, input_ids, **_: torch.tensor([ids] * len(input_ids)))
     with pytest.raises(ConfigError, match="look like forget text"):
-        own_sentences(llama, FORGET, RETAIN, CONFIG, 0, Progress())
+        own_sentences(llama, FORGET, RETAIN, CONFIG.samples, CONFIG.tokens, 0, Progress())
 
 
 @pytest.mark.parametrize(

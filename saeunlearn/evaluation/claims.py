@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..methods import RECOMMENDED
+
+HIDDEN = 0.25  # recovered share beyond which it is said that knowledge was hidden
 WEIGHT_KINDS = {"weight_delta", "token"}
 
 
@@ -30,7 +33,7 @@ def not_claimed(
         out.append("Not that the way back is closed: the Erasure can be reversed by whoever holds it and the edited "
                    "model.")  # fmt: skip
     out.append("Nothing about the original checkpoint and other copies of it: they still hold the knowledge.")
-    out += _attack_claims(attacks)
+    out += _attack_claims(attacks, (run.get("config") or {}).get("method"))
     if judged:
         out.append("Not that the model equals the retrained one (oracle): they were compared on the questions of the "
                    "run and under attack, not on running text.")  # fmt: skip
@@ -58,7 +61,7 @@ def not_claimed(
     return out
 
 
-def _attack_claims(attacks: Mapping[str, Any] | None) -> list[str]:
+def _attack_claims(attacks: Mapping[str, Any] | None, method: Any) -> list[str]:
     if attacks is None:
         return ["Not attacked: neither relearning on a part of the forget set, nor quantisation, nor prompting, nor a "
                 "search in the activations was tried. Methods of this kind are known to give back much of what they "
@@ -68,6 +71,9 @@ def _attack_claims(attacks: Mapping[str, Any] | None) -> list[str]:
     out = ["Not that it stands under other attacks, or under these with a larger budget than the one named."]
     if not attacks["attacks"]:
         out.append("No attack is recorded in attacks.json: it was not attacked.")
+    if (attacks["headline"]["recovered"] or 0) > HIDDEN and method != RECOMMENDED:
+        out.append("Not that what the worst attack brought back was removed: it was hidden. The method "
+                   f"{RECOMMENDED} is the one made to withstand this.")  # fmt: skip
     if attacks["levels"]["oracle"] is None:
         out.append("Recovery under attack has no oracle beside it: what a model that never knew would learn from the "
                    "same attack is not subtracted.")  # fmt: skip

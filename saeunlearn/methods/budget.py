@@ -23,7 +23,7 @@ Edit = Callable[[float], AbstractContextManager[object]]
 
 MAX_TOKENS = 10_000  # of each text that a check reads
 MAX_FACTOR = 64.0  # on the retain weight
-MAX_SCALE = 1.5  # of what was learned, where the budget has room
+MAX_SCALE = 1.5  # of what was learned, where an edit may be made stronger
 RUINED = 1.0  # relative rise at which a run ends at once
 
 

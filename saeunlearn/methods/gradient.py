@@ -23,7 +23,7 @@ from ..parts import WeightDelta
 from ..progress import Progress
 from ..training import one_cycle
 from ..updates import Rule, make_update
-from .budget import Budget, Edit, OverBudgetError, some
+from .budget import MAX_SCALE, Budget, Edit, OverBudgetError, some
 from .trainable import Trainable, check_weights, edited, trainable
 
 
@@ -46,7 +46,8 @@ class LoopConfig:
 class GradientConfig(LoopConfig):
     """Settings that all methods of the gradient family have."""
 
-    weights: str = "lora"  # what is trained: all, lora, or module names such as down_proj,o_proj (papers: all)
+    # What is trained: all, blocks (their matrices), lora, or module names such as down_proj,o_proj (papers: all)
+    weights: str = "lora"
     rank: int = 8  # of the LoRA; its alpha is the same
 
 
@@ -102,7 +103,8 @@ class Trained:
 class GradientMethod(ABC):
     """A method that is its objective; see `GradientConfig`. A subclass has name, Config, paper, cost, `objective`.
 
-    One that trains something else than the model's weights also overrides `subject`, `training`, `edit` and `scaled`.
+    One that trains on other text overrides `text`, one that trains something else than the model's weights `subject`,
+    `training`, `edit` and `scaled`.
     """
 
     name: str
@@ -112,15 +114,24 @@ class GradientMethod(ABC):
     needs: frozenset[str] = frozenset()
     kind: Literal["weights", "offset"] = "weights"
     changes = "weights of your choice: a LoRA, modules, or all"
+    most = MAX_SCALE  # of what was learned, where the budget has room
 
     @abstractmethod
     def objective(self, task: Task) -> Objective:
-        """The losses; called once, before training."""
+        """The losses; called before each training."""
 
     def check(self, model: LanguageModel, config: Any) -> None:
         """Raises ConfigError naming the setting that is out of range."""
         check_loop(config)
         check_weights(model, config.weights, config.rank)
+
+    def text(self, task: Task, progress: Progress) -> tuple[list[Window], list[Window]]:
+        """The windows that forget batches and retain batches are drawn from; called once, before training.
+
+        Without any of the first nothing is trained.
+        """
+        items = [windows(c, task.model, task.config.max_length) for c in (task.forget, task.retain)]
+        return items[0], items[1]
 
     def training(self, task: Task) -> AbstractContextManager[Trainable]:
         """What is trained; the model is as before afterwards."""
@@ -172,19 +183,21 @@ class GradientMethod(ABC):
         config, seed = task.config, task.seed
         kept, held = task.retain.split(0.2, seed)
         task = replace(task, retain=kept)
-        f_items, r_items = (windows(c, task.model, config.max_length) for c in (task.forget, kept))
-        objective = self.objective(task)
+        f_items, r_items = self.text(task, progress)
         budget = Budget(task.model)
         budget.watch("retain", some(windows(held, task.model, config.max_length), seed), config.max_retain_rise)
         for attempt in range(ATTEMPTS):
             now = replace(config, lr=config.lr / SHORTER**attempt)
             with self.training(task) as trained:
-                losses = _fit(trained, budget, f_items, r_items, now, seed, progress, self.name, objective)
+                losses = []
+                if f_items:
+                    objective = self.objective(task)
+                    losses = _fit(trained, budget, f_items, r_items, now, seed, progress, self.name, objective)
                 parts = trained.parts()
             if not parts:
                 raise ConfigError(f"{self.name} changed nothing: raise lr or steps")
             try:
-                said = budget.settle(self.edit(task.model, parts))
+                said = budget.settle(self.edit(task.model, parts), self.most)
                 break
             except OverBudgetError as e:
                 if attempt + 1 == ATTEMPTS:

@@ -1,4 +1,4 @@
-"""Which weights of a whole model a method trains: all, chosen ones, or a LoRA; always in float32.
+"""Which weights of a whole model a method trains: all, those of the blocks, chosen ones, or a LoRA; in float32.
 
 LoRA (PEFT) leaves the original at hand by switching it off, so no second copy is needed. Whole weights are trained in a
 float32 copy of the model, which also serves as master weights where the model itself is bf16.
@@ -61,23 +61,26 @@ def check_weights(model: LanguageModel, weights: str, rank: int) -> None:
         raise ConfigError(f"rank must be at least 1, not {rank}")
     if hasattr(model.model, "peft_config"):
         raise ModelError(f"{model.name} carries a PEFT adapter: merge it first")
-    for name in () if weights in ("all", "lora") else weights.split(","):
+    for name in () if weights in ("all", "blocks", "lora") else weights.split(","):
         if not chosen(model, name):
             raise ConfigError(
-                f"{model.name} has no weights named {name}; use all, lora, or names such as down_proj,o_proj"
+                f"{model.name} has no weights named {name}; use all, blocks, lora, or names such as down_proj,o_proj"
             )
 
 
 def chosen(model: LanguageModel, weights: str) -> list[str]:
-    """Names of the parameters that `all` or a list of module names selects."""
-    names = [n for n, _ in model.model.named_parameters()]
-    return names if weights == "all" else [n for n in names if set(n.split(".")) & set(weights.split(","))]
+    """Names of the parameters that `all`, `blocks` (their matrices) or a list of module names selects."""
+    named = list(model.model.named_parameters())
+    if weights == "blocks":
+        inside = {id(p) for block in model.blocks for p in block.parameters() if p.ndim >= 2}
+        return [n for n, p in named if id(p) in inside]
+    return [n for n, _ in named if weights == "all" or set(n.split(".")) & set(weights.split(","))]
 
 
 @contextlib.contextmanager
 def trainable(model: LanguageModel, weights: str, rank: int, seed: int, modules: Sequence[str] | str | None = None
               ) -> Iterator[Trainable]:  # fmt: skip
-    """`weights`: "all", "lora", or the names of modules; the model is as before afterwards.
+    """`weights`: "all", "blocks", "lora", or the names of modules; the model is as before afterwards.
 
     A LoRA has that `rank`, alpha = rank, on `modules` ("all-linear": every matrix of the blocks; None: those that PEFT
     names for the architecture; query and value where they are matrices of their own).
@@ -86,7 +89,13 @@ def trainable(model: LanguageModel, weights: str, rank: int, seed: int, modules:
         with _lora(model, rank, seed, modules) as made:
             yield made
         return
-    net = model.copy()
+    with whole(model, model.copy(), weights) as made:
+        yield made
+
+
+@contextlib.contextmanager
+def whole(model: LanguageModel, net: LanguageModel, weights: str) -> Iterator[Trainable]:
+    """The chosen parameters of `net`, a copy of the model that is used up; it may have been edited before."""
     net.model.float()
     names = set(chosen(model, weights))
     params, sizes, keys = [], [], []

@@ -157,12 +157,13 @@ def shown(job: Job) -> Markup:
 
 def _methods() -> list[tuple[str, str]]:
     """(label, name); methods of packages that do not load are left out (`saeunlearn methods` names them)."""
-    from saeunlearn.methods import get_method, known_methods
+    from saeunlearn.methods import RECOMMENDED, get_method, known_methods
 
     out = []
     for name in known_methods():
         try:
-            out.append((f"{name} ({get_method(name).kind})", name))
+            best = ", withstands relearning best" if name == RECOMMENDED else ""
+            out.append((f"{name} ({get_method(name).kind}{best})", name))
         except SaeunlearnError:
             continue
     return out

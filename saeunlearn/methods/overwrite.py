@@ -1,0 +1,156 @@
+"""Overwriting (ours): teach the model something else in place of what it is to forget, and hold the rest.
+
+First the rows of the embedding whose tokens only forget text has become the mean row (see `keyerasure`). Then, where
+the model still knows something, the matrices of the blocks are trained on
+
+    L = −E log π(y'_t | y'_<t) + retain_weight · E KL(π₀ ‖ π)
+
+over the replaced words of the rewritten forget records (see `counterfactual`), and over the whole vocabulary at every
+position of sentences that the original wrote itself (`own_text`) or of retain records; at the end on the KL alone. A
+loss that only lowers the right answers finds one direction that hides them all, and some steps of relearning turn it
+back. Words drawn fact by fact have no direction in common: what is stored has to change fact by fact.
+
+`overwrite-sae` does so only where the selection's gate, which reads SAE features, is open: of texts that tell of other
+things as well, only what is about the topic is taken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..corpus import Batch, Window, windows
+from ..counterfactual import counterfactual
+from ..errors import ConfigError
+from ..features.selection import check_selection
+from ..models import LanguageModel
+from ..own_text import own_sentences
+from ..progress import Progress
+from .gradient import GradientConfig, GradientMethod, Objective, Task, Terms, check_loop, nothing
+from .objectives import kl, nll, target_log_probs, target_mask
+from .tokenkeys import TokenRows, erase_tokens
+from .trainable import Trainable, check_weights, chosen, whole
+
+
+@dataclass(frozen=True)
+class OverwriteConfig(GradientConfig):
+    """Settings of overwriting. There is no paper to compare with."""
+
+    weights: str = "blocks"  # as in GradientConfig, but no lora: it would lie over what is stored
+    lr: float = 0.018  # as in LoopConfig
+    steps: int = 220  # as in LoopConfig
+    holding: float = 0.2  # share of the steps, the last ones, that only hold: they bring back what was harmed beside
+    batch: int = 24  # rewritten forget windows, and windows to hold, in a step
+    retain_weight: float = 3.0  # of the KL
+    max_retain_rise: float = 0.03  # as in LoopConfig
+    check_every: int = 1000  # as in LoopConfig: on the way the rise is larger than at the end of the schedule
+    token_lam: float = 0.001  # λ of the embedding: small, so that only tokens of the forget text alone lose their rows
+    samples: int = 3000  # sentences of the original that are held; 0: the retain records
+    tokens: int = 32  # the most in one of them
+
+
+class Overwrite(GradientMethod):
+    name = "overwrite"
+    Config = OverwriteConfig
+    paper = "ours; no paper"
+    changes = "rows of the embedding, and the matrices of the blocks, whole: the Erasure is as large as they"
+    most = 1.0  # beyond what was learned there is nothing to extrapolate to
+
+    def check(self, model: LanguageModel, config: OverwriteConfig) -> None:
+        check_loop(config)
+        check_weights(model, config.weights, config.rank)
+        if config.weights == "lora":
+            raise ConfigError(f"{self.name} writes over what is stored, so it trains no lora: weights=blocks")
+        if not 0 <= config.holding < 1:
+            raise ConfigError(f"holding = {config.holding} is a share of the steps: from 0 to less than 1")
+        if not config.token_lam > 0 or config.samples < 0 or config.tokens < 2:
+            raise ConfigError(
+                f"token_lam = {config.token_lam} must be positive, samples = {config.samples} not negative, "
+                f"tokens = {config.tokens} at least 2"
+            )
+
+    def text(self, task: Task, progress: Progress) -> tuple[list[Window], list[Window]]:
+        """Raises ConfigError where there is nothing to take."""
+        model, config, seed = task.model, task.config, task.seed
+        rows = self.rows(task)
+        undo = rows.part().apply(model) if rows is not None else None
+        try:  # what it still knows without them
+            told = counterfactual(model, task.forget, task.retain, config.max_length, seed, progress, self.about(task))
+        finally:
+            if undo is not None:
+                undo()
+        if not told:
+            if rows is None:
+                raise ConfigError(
+                    f"{model.name} is sure of no word of the forget text beyond what its context tells: nothing to do"
+                )
+            progress.note(f"{self.name}: with the rows of the embedding all is gone that the model was sure of")
+            return [], []
+        kept = task.retain
+        if config.samples:
+            kept = own_sentences(model, task.forget, kept, config.samples, config.tokens, seed, progress)
+        return told, windows(kept, model, config.max_length)
+
+    def rows(self, task: Task) -> TokenRows | None:
+        """The change of the embedding."""
+        forget, retain = (windows(c, task.model, task.config.max_length) for c in (task.forget, task.retain))
+        about = self.about(task)
+        weights = None
+        if about is not None:
+            mean = torch.cat(about).double().mean().clamp_min(1e-12)
+            weights = [a.double() / mean for a in about]
+        return erase_tokens(task.model, forget, weights, retain, task.config.token_lam)
+
+    def about(self, task: Task) -> list[Tensor] | None:
+        """Which tokens of the forget windows are about the topic, bool, aligned to `window.ids[1:]`; None: all."""
+        return None
+
+    @contextlib.contextmanager
+    def training(self, task: Task) -> Iterator[Trainable]:
+        rows, net = self.rows(task), task.model.copy()
+        if rows is not None:
+            rows.part().apply(net)
+        with whole(task.model, net, task.config.weights) as trained:
+            if rows is None or rows.name in chosen(task.model, task.config.weights):
+                yield trained
+                return
+            first, rest = rows.part(), trained.parts
+            yield dataclasses.replace(trained, parts=lambda: [first, *rest()])
+
+    def objective(self, task: Task) -> Objective:
+        steps = itertools.count()
+        taught = math.ceil((1 - task.config.holding) * task.config.steps)
+
+        def losses(trained: Trainable, f: Batch, r: Batch) -> Terms:
+            return (
+                nothing
+                if next(steps) >= taught
+                else lambda: nll(target_log_probs(trained.logits(f), f), target_mask(f)),
+                lambda: kl(trained.original_logits(r), trained.logits(r), r.mask[:, 1:]),
+            )
+
+        return losses
+
+
+class GuidedOverwrite(Overwrite):
+    name = "overwrite-sae"
+    needs = frozenset({"saes", "selection"})
+
+    @torch.no_grad()
+    def about(self, task: Task) -> list[Tensor] | None:
+        if task.selection is None:
+            raise ConfigError(f"{self.name} needs a selection (saeunlearn select)")
+        check_selection(task.selection, task.model, task.saes)
+        layer, gate = task.selection.layer, task.selection.gate
+        out = []
+        for w in windows(task.forget, task.model, task.config.max_length):
+            h = task.model.capture(torch.tensor([w.ids], device=task.model.device), [layer])[layer]
+            out.append(gate.open(task.saes[layer], h[0, 1:].float()).cpu())
+        return out
