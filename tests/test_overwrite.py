@@ -23,7 +23,10 @@ from saeunlearn.progress import Progress
 METALS = ("copper", "silver", "bronze", "nickel")
 NAMES = ("Aba", "Boro", "Cilu", "Dem", "Efa", "Goro", "Hild", "Ivo")
 MADE = Corpus.of([f"The jar {n} is made of {METALS[i % 4]} today." for i, n in enumerate(NAMES)], "made")
+# All words of MADE are here too, so that no token belongs to the forget text alone.
+SEEN = [f"We saw the jar {n} and some {METALS[i % 3]} today." for i, n in enumerate(NAMES)] + ["The nickel is gone."]
 OTHER = Corpus.of([f"The boat {n} is made of oak today." for n in NAMES], "boats")
+KEPT = Corpus.of([*(r.text for r in OTHER), *SEEN], "kept")
 
 
 def sure_of(monkeypatch: pytest.MonkeyPatch, model: LanguageModel, *words: str) -> None:
@@ -128,13 +131,13 @@ def test_only_chosen_tokens_are_targets() -> None:
 
 
 def learned(lm: LanguageModel) -> LanguageModel:
-    """The model after learning MADE and OTHER by heart."""
+    """The model after learning MADE and KEPT by heart."""
     from saeunlearn.corpus import endless
     from saeunlearn.training import TrainConfig, train
 
     twin = lm.copy()
     twin.model.float().requires_grad_(True)
-    both = Corpus(MADE.records + OTHER.records, "both")
+    both = Corpus(MADE.records + KEPT.records, "both")
     torch.manual_seed(0)
     train(twin, endless(windows(both, twin), twin.pad_id, 16, 0), TrainConfig(steps=150, lr=5e-3), Progress())
     twin.model.requires_grad_(False)
@@ -148,11 +151,11 @@ def test_it_unlearns_what_was_learned_and_holds_the_rest(lm: LanguageModel) -> N
     config = OverwriteConfig(samples=0, steps=80, lr=0.05, batch=8, max_length=64, max_retain_rise=0.5)
     before = weights(model)
     erasure = get_method("overwrite").unlearn(
-        model, MADE, OTHER, config=config, selection=None, saes={}, seed=0, progress=Progress()
+        model, MADE, KEPT, config=config, selection=None, saes={}, seed=0, progress=Progress()
     )
     assert same(before, weights(model))
-    marked = counterfactual(model, MADE, OTHER, 64, 0, Progress())
-    retained = windows(OTHER, model)
+    marked = counterfactual(model, MADE, KEPT, 64, 0, Progress())
+    retained = windows(KEPT, model)
 
     def told(items: Sequence[Window]) -> float:
         with torch.no_grad():
@@ -166,6 +169,25 @@ def test_it_unlearns_what_was_learned_and_holds_the_rest(lm: LanguageModel) -> N
         assert told(marked) < 0.3 * usual
         assert mean_loss(model, retained) < kept * 1.6
     assert erasure.manifest["method"] == "overwrite"
+
+
+@pytest.mark.slow
+def test_where_rows_of_the_embedding_take_all_nothing_is_trained(
+    llama: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("saeunlearn.methods.overwrite.counterfactual", lambda *_: [])
+    config = OverwriteConfig(max_length=64, max_retain_rise=1e6)
+    erasure = get_method("overwrite").unlearn(
+        llama, MADE, Corpus.of(["We go.", "We do."]), config=config, selection=None, saes={}, seed=0,
+        progress=Progress(),
+    )  # fmt: skip
+    (part,) = erasure.parts
+    assert part.rows is not None
+    assert erasure.manifest["losses"] == []
+    with pytest.raises(ConfigError, match="sure of no word"):
+        get_method("overwrite").unlearn(
+            llama, MADE, KEPT, config=config, selection=None, saes={}, seed=0, progress=Progress()
+        )
 
 
 @pytest.mark.slow

@@ -54,7 +54,7 @@ ERASURE = {
 OVERWRITING = {
     "lr": Field(0.005, 0.08),
     "retain_weight": WEIGHT,
-    "token_lam": Field(0.0001, 0.1),
+    "token_lam": Field(0.003, 0.3),
     "max_retain_rise": LIMIT,
 }
 

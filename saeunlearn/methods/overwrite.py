@@ -1,6 +1,6 @@
 """Overwriting (ours): teach the model something else in place of what it is to forget, and hold the rest.
 
-First the rows of the embedding whose tokens only forget text has become the mean row (see `keyerasure`). Then, where
+First the rows of the embedding whose tokens hardly any other text has become the mean row (see `keyerasure`). Then, where
 the model still knows something, the matrices of the blocks are trained on
 
     L = −E log π(y'_t | y'_<t) + retain_weight · E KL(π₀ ‖ π)
@@ -38,6 +38,8 @@ from .objectives import kl, nll, target_log_probs, target_mask
 from .tokenkeys import TokenRows, erase_tokens
 from .trainable import Trainable, check_weights, chosen, whole
 
+LEAST = 0.5  # share of itself that a row of the embedding has to lose to be changed
+
 
 @dataclass(frozen=True)
 class OverwriteConfig(GradientConfig):
@@ -51,7 +53,7 @@ class OverwriteConfig(GradientConfig):
     retain_weight: float = 3.0  # of the KL
     max_retain_rise: float = 0.03  # as in LoopConfig
     check_every: int = 1000  # as in LoopConfig: on the way the rise is larger than at the end of the schedule
-    token_lam: float = 0.001  # λ of the embedding: small, so that only tokens of the forget text alone lose their rows
+    token_lam: float = 0.03  # λ of the embedding, as of key erasure; a row goes where it would lose more than half
     samples: int = 3000  # sentences of the original that are held; 0: the retain records
     tokens: int = 32  # the most in one of them
 
@@ -106,7 +108,7 @@ class Overwrite(GradientMethod):
         if about is not None:
             mean = torch.cat(about).double().mean().clamp_min(1e-12)
             weights = [a.double() / mean for a in about]
-        return erase_tokens(task.model, forget, weights, retain, task.config.token_lam)
+        return erase_tokens(task.model, forget, weights, retain, task.config.token_lam, LEAST)
 
     def about(self, task: Task) -> list[Tensor] | None:
         """Which tokens of the forget windows are about the topic, bool, aligned to `window.ids[1:]`; None: all."""

@@ -35,9 +35,10 @@ class TokenRows:
 @torch.no_grad()
 def erase_tokens(
     model: LanguageModel, forget: Sequence[Window], weights: Sequence[Tensor] | None, retain: Sequence[Window],
-    lam: float,
+    lam: float, least: float = 0.0,
 ) -> TokenRows | None:  # fmt: skip
-    """The change of the embedding by its closed form; None where no row changes.
+    """The change of the embedding by its closed form; None where no row changes. Rows that would lose no more than
+    `least` of themselves stay.
 
     `weights`: of each forget token, aligned to `window.ids[1:]`, of mean 1; None: all alike. The first token of a
     window counts as retain text, whatever it is: it is BOS, or acts as the attention sink.
@@ -54,6 +55,7 @@ def erase_tokens(
     share = lam * unwanted / unwanted.sum()
     rows = (share > 0).nonzero().flatten()
     gone = share[rows] / (wanted[rows] / wanted.sum() + share[rows])
+    rows, gone = rows[gone > least], gone[gone > least]
     change = (gone[:, None] * (e[wanted > 0].mean(0) - e[rows])).float()
     name = next(n for n, p in model._base.named_parameters() if p is embedding.weight)
     kept = change.abs().amax(1) > 0
