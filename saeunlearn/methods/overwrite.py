@@ -1,7 +1,7 @@
 """Overwriting (ours): teach the model something else in place of what it is to forget, and hold the rest.
 
-First the rows of the embedding whose tokens hardly any other text has become the mean row (see `keyerasure`). Then, where
-the model still knows something, the matrices of the blocks are trained on
+First the rows of the embedding whose tokens hardly any other text has become the mean row (see `keyerasure`). Then,
+where the model still knows something, the matrices of the blocks are trained on
 
     L = −E log π(y'_t | y'_<t) + retain_weight · E KL(π₀ ‖ π)
 
