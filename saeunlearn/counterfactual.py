@@ -7,8 +7,10 @@ about. Its word is then drawn anew, by their frequencies, from the other words t
 beside the same left-out word becomes the same again: a fact that several records tell stays one fact. What follows a
 replaced word is read as it was.
 
-A word is a run of letters, digits and underscores, or a single other sign. Of question/answer pairs only the answer
-is rewritten.
+A word is a run of letters, digits and underscores; other signs are read, each as a word, but stay. Of question/answer
+pairs only the answer is rewritten.
+
+Where sentences of one kind recur the new words make sense. In running text contexts are short, and so is the sense.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import math
 import re
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +38,7 @@ SURE = 0.5
 SEEN = 5
 REACH = 6
 MOST_RECORDS = 50_000  # of the retain set that contexts are looked up in
+AT_ONCE = 20_000  # places whose contexts are in memory
 
 _WORD = re.compile(r"\w+|[^\w\s]")
 _START = "\n"  # stands before the first word of a text, and is none itself
@@ -75,19 +78,21 @@ def counterfactual(
     """
     texts = [render(r, model.tokenizer) for r in forget]
     places = list(_sure(model, windows(forget, model, max_length), texts, progress, about))
-    wanted = {key for p in places for key, _ in p.contexts}
-    more = (render(r, model.tokenizer)[0] for r in retain.sample(MOST_RECORDS, seed))
-    followed = _followers(wanted, [*(t for t, _ in texts), *more], progress)
+    more = [render(r, model.tokenizer)[0] for r in retain.sample(MOST_RECORDS, seed)]
+    corpus = [*(t for t, _ in texts), *more]
     replaced: dict[int, list[tuple[int, int, str]]] = defaultdict(list)
-    for p in places:
-        key, subject = next(((k, s) for k, s in p.contexts if followed[k].total() > SEEN), (None, ""))
-        if key is None:
-            continue
-        around = followed[key]
-        if p.log_p - math.log(max(around[p.word] - 1, 1e-9) / (around.total() - 1)) <= GAP:
-            continue  # counts leave out the place itself
-        if others := {w: n for w, n in around.items() if w != p.word}:
-            replaced[p.record].append((p.start, p.end, draw(f"{seed}/{p.word}/{subject}", others)))
+    for at in range(0, len(places), AT_ONCE):
+        some = places[at : at + AT_ONCE]
+        followed = _followers({key for p in some for key, _ in p.contexts}, corpus, progress)
+        for p in some:
+            key, subject = next(((k, s) for k, s in p.contexts if followed[k].total() > SEEN), (None, ""))
+            if key is None:
+                continue
+            around = followed[key]
+            if p.log_p - math.log(max(around[p.word] - 1, 1e-9) / (around.total() - 1)) <= GAP:
+                continue  # counts leave out the place itself
+            if others := {w: n for w, n in around.items() if w != p.word and w[0].isalnum()}:
+                replaced[p.record].append((p.start, p.end, draw(f"{seed}/{p.word}/{subject}", others)))
     return _marked(model, [_rewrite(texts[i][0], found) for i, found in sorted(replaced.items())], max_length)
 
 
@@ -112,7 +117,8 @@ def _sure(
                     break
                 own.append(tokens[t])
             log_p = sum(p for p, _ in own)
-            if own and m.start() >= begin and log_p > math.log(SURE) and any(topic for _, topic in own):
+            spelled = m.group()[0].isalnum()
+            if spelled and own and m.start() >= begin and log_p > math.log(SURE) and any(topic for _, topic in own):
                 yield Place(record, m.group(), m.start(), m.end(), log_p, _contexts(before[-REACH:]))
             before.append(m.group())
 
@@ -122,10 +128,10 @@ def _contexts(before: Sequence[str]) -> list[tuple[_Key, str]]:
     return [((n, tuple(before[-i] for i in c)), before[-out] if out else "") for n, (c, out) in enumerate(_CONTEXTS)]
 
 
-def _followers(wanted: set[_Key], texts: Iterable[str], progress: Progress) -> dict[_Key, Counter[str]]:
+def _followers(wanted: set[_Key], texts: Sequence[str], progress: Progress) -> dict[_Key, Counter[str]]:
     """How often each word follows each of the wanted contexts."""
     found: dict[_Key, Counter[str]] = {key: Counter() for key in wanted}
-    for text in progress.over(list(texts), "contexts of words"):
+    for text in progress.over(texts, "contexts of words"):
         before = [_START] * REACH
         for m in _WORD.finditer(text):
             for key, _ in _contexts(before[-REACH:]):

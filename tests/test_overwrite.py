@@ -66,6 +66,7 @@ def test_a_known_word_becomes_another_of_its_context_and_only_it_is_chosen(
         old = METALS[i % 4]
         assert part in {*METALS, "oak"} - {old}
         assert text.strip() == f"The jar {NAMES[i]} is made of {part} today."
+    monkeypatch.setattr(cf, "AT_ONCE", 3)
     assert found == rewritten(lm, counterfactual(lm, MADE, OTHER, 64, 0, Progress()))
     assert found != rewritten(lm, counterfactual(lm, MADE, OTHER, 64, 1, Progress()))
 
