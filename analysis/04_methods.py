@@ -13,7 +13,7 @@ from pathlib import Path
 
 from saeunlearn import LanguageModel, demo, figures, figures_methods
 from saeunlearn.evaluation.side_by_side import frontier_points, side_by_side
-from saeunlearn.explore.runs import document_of, erasures_of, kept_by, left_of, scores_of
+from saeunlearn.explore.runs import erasures_of, kept_by, left_of, scores_of
 
 FAST = os.environ.get("SAEUNLEARN_NOTEBOOKS") == "fast"  # a tiny world, for the tests
 RUNS = Path("../runs/analysis-fast" if FAST else "../runs/analysis")
@@ -79,17 +79,5 @@ for outcome, rows in found["tests"].items():
         print(f"  {r['first']} − {r['second']}: {r['low']:+.2f} … {r['high']:+.2f}")
 
 # %% [markdown]
-# ## What it costs
-#
-# Seconds of the whole run (measuring included, on the machine that made this page; compare them with each other
-# only).
-
-# %%
-seconds = {m: [document_of(root, "run")["seconds"] for root in roots] for m, roots in runs.items()}
-if not FAST:  # SSPU's first run also trained the SAEs and chose the layer
-    seconds["sspu"] = seconds["sspu"][1:]
-for m in sorted(seconds, key=lambda m: max(seconds[m])):
-    print(f"{m:12} {min(seconds[m]):4.0f} … {max(seconds[m]):4.0f} s")
-
-# %% [markdown]
-# What this does not show: whether anything is *gone*. Notebook 5 attacks these Erasures.
+# What this does not show: what a method costs (seconds and memory: `benchmarks/RESULTS.md`), and whether anything is
+# *gone*. Notebook 5 attacks these Erasures.

@@ -28,7 +28,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 SAES = "--tokens 20000 --expansion 4 --set batch=256 --set lr=0.004 --set buffer=4096"
 OPTIONS = {
     "train-saes": SAES,
-    "unlearn": "--set steps=4 --set batch=8 --max-retain-rise 0.5",
+    "unlearn": "--k 2 --set steps=4 --set batch=8 --max-retain-rise 0.5",
     "attack": "--attacks none,int4",
     "verify": "--sample 8",
     "compare": "--methods npo-lora --trials 1 --seeds 0",
