@@ -32,7 +32,7 @@ for name, text in run.texts.items():
 # decide: a layer is good if little unlearning there raises the loss on the forget text a lot, at the same cost on
 # retain text.
 
-# %%
+# %% tags=["picture-layers"]
 figures.layer_table(run.selection.layers)
 
 # %% [markdown]

@@ -19,6 +19,8 @@ RUNS = Path("../runs/analysis-fast" if FAST else "../runs/analysis")
 # %%
 box = demo.world(tiny=FAST)
 run = open_run(demo.runs(RUNS, box)["sspu"][0])
+
+# %% tags=["picture-before_after"]
 figures.before_after(run.documents["evaluation"]["comparison"])
 
 # %% [markdown]
@@ -81,7 +83,7 @@ for r in moved:
 # then all forget questions, as multiple choice.
 
 # %%
-question = next(q for q in run.questions if q.meta["set"] == "forget")
+question = run.questions.where(set="forget").records[0]
 seen = compare_view(run, question.question, ["sspu"], [question.answer])
 figures_erasure.lens(seen["models"])
 
@@ -91,9 +93,7 @@ for name, model in seen["models"].items():
     print(f"{name:9} p({answer['text']!r}) = {answer['probability']:.3f}   {question.question} …{model['generated']}")
 
 # %%
-from saeunlearn.corpus import Corpus
-
-asked = Corpus(tuple(q for q in run.questions if q.meta["set"] == "forget"), "forget questions").sample(200, 0)
+asked = run.questions.where(set="forget").sample(200, 0)
 read = [{**r, "series": r["model"], "value": r["mean"]} for r in answers_by_layer(run, [ORIGINAL, "sspu"], asked)]
 figures_features.scores_along(read, "layer", "Forget questions, read off by the logit lens")
 

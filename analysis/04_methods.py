@@ -64,7 +64,7 @@ from saeunlearn import Corpus
 drawn = {m: e for m, e in erasures_of(runs).items() if m in ("sspu", "rmu", "npo", "npo-lora", "crisp", "conditional")}
 found = side_by_side(model, Corpus.load(box.questions), drawn, oracle=oracle, strengths=(1.0, 0.5, 0.25))
 
-# %% tags=["picture-frontier-world0"]
+# %%
 figures.frontier(frontier_points(found))
 
 # %% [markdown]

@@ -36,7 +36,7 @@ if not FAST:  # all of them
 # %%
 print(attack_lines(documents["sspu"]))
 
-# %% tags=["picture-attacks-sspu"]
+# %%
 figures_attacks.attacks(documents["sspu"])
 
 # %% [markdown]

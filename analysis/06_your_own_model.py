@@ -23,7 +23,7 @@ if (DATA / "stories260K").is_dir() and not FAST:
     stories = DATA / "tinystories"
     config = RunConfig(
         model=DATA / "stories260K", forget=stories / "forget_birds_train.jsonl", retain=stories / "retain_train.jsonl",
-        eval_texts={"forget: other stories": stories / "forget_birds_test.jsonl", "other stories":
+        eval_texts={"forget/unseen": stories / "forget_birds_test.jsonl", "retain/unseen":
                     stories / "retain_test.jsonl"}, include_text=True,
     )  # fmt: skip
 else:
