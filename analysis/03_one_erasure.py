@@ -75,7 +75,7 @@ for r in moved:
 
 # %% [markdown]
 # Weights inside the subspace do not keep the *stream* inside: later blocks react to the change, in directions of
-# their own. That is the grey line.
+# their own. Where the push is strong it drowns everything else; look at the text where little changes.
 #
 # ## What the layers say
 #
@@ -101,11 +101,13 @@ figures_features.scores_along(read, "layer", "Forget questions, read off by the 
 best = {n: max((r for r in read if r["model"] == n), key=lambda r: r["mean"]) for n in (ORIGINAL, "sspu")}
 for name, r in best.items():
     interval = f"{r['low']:.2f} … {r['high']:.2f}"
-    print(f"{name:9} best layer {r['layer']}: {r['mean']:.2f} ({interval}), chance {r['chance']:.2f}")
+    above = "above" if r["low"] > r["chance"] else "not above"
+    print(f"{name:9} best layer {r['layer']}: {r['mean']:.2f} ({interval}), {above} chance ({r['chance']:.2f})")
 
 # %% [markdown]
-# If no layer of the edited model reads above chance, the answer is not simply hidden behind the last blocks. It can
-# still be there in a form that this lens does not read: that is what the attacks of notebook 5 are for.
+# A layer below the output that reads above chance still holds some of the answers, and the edit hides them only on
+# the way up. And where none does, an answer can still be there in a form that this lens does not read: that is what
+# the attacks of notebook 5 are for.
 #
 # ## And back
 #

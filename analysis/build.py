@@ -49,12 +49,10 @@ def notebook_of(source: Path) -> Any:
 
 def execute(notebook: Any, folder: Path) -> None:
     """Run all cells in a new kernel that starts in `folder`. Raises nbclient's CellExecutionError."""
-    from jupyter_client.manager import AsyncKernelManager
     from nbclient import NotebookClient
 
-    kernel = AsyncKernelManager(kernel_name="python3", transport="ipc")  # no port, so nobody else can connect
     client = NotebookClient(
-        notebook, km=kernel, timeout=TIMEOUT, record_timing=False, coalesce_streams=True,
+        notebook, timeout=TIMEOUT, kernel_name="python3", record_timing=False, coalesce_streams=True,
         resources={"metadata": {"path": str(folder)}},
     )  # fmt: skip
     # Without ipywidgets tqdm warns that it cannot draw bars; nothing here draws any.

@@ -172,7 +172,7 @@ def scores_along(rows: Sequence[Mapping[str, Any]], along: str, title: str, unit
     """Lines with 95 % intervals: a score against `along` (layer, block, step …), one line a series.
 
     Row: {along: number or name, "series", "value", "low", "high"} and optionally "chance". Series named forget… take
-    the forget colour; places keep the order of the rows.
+    the forget colour, `original` black; places keep the order of the rows.
     """
     fig = _figure(5.8, 3.6)
     if not rows:
@@ -181,11 +181,11 @@ def scores_along(rows: Sequence[Mapping[str, Any]], along: str, title: str, unit
     ax = fig.add_subplot()
     places = list(dict.fromkeys(r[along] for r in rows))
     series = list(dict.fromkeys(r["series"] for r in rows))
-    colours = iter((BLUE, GREEN, PURPLE, ORANGE, SKY, BLACK, GREY))
+    warm, others = iter((FORGET, ORANGE, PURPLE)), iter((BLUE, GREEN, SKY, PURPLE, ORANGE))
     for n, name in enumerate(series):
         part = [r for r in rows if r["series"] == name]
         shift = 0.06 * (n - (len(series) - 1) / 2)  # or intervals would hide each other
-        colour = FORGET if name.startswith(("forget", "original")) and n == 0 else next(colours, GREY)
+        colour = BLACK if name == "original" else next(warm if name.startswith("forget") else others, GREY)
         errors = [[max(0.0, r["value"] - r["low"]) for r in part], [max(0.0, r["high"] - r["value"]) for r in part]]
         ax.errorbar([places.index(r[along]) + shift for r in part], [r["value"] for r in part], yerr=errors,
                     color=colour, marker=_MARKERS[n % 8], linestyle=_LINES[n % 4], markersize=5, elinewidth=1,

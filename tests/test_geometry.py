@@ -44,6 +44,7 @@ def test_random_rows_are_others_and_never_empty() -> None:
         assert drawn.shape == (2, 6)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_shares_of_variance_are_those_of_the_stream(llama: LanguageModel) -> None:
     saes, features = {0: topk_sae(0), 2: topk_sae(2, seed=1)}, {0: [1, 2, 3], 2: [4, 5]}

@@ -93,6 +93,7 @@ def test_the_demo_has_settings_for_its_own_size(tmp_path: Any, monkeypatch: pyte
     assert demo.config(box, "clamp").settings == {}
 
 
+@pytest.mark.slow
 def test_the_top_level_has_what_work_begins_with_and_imports_it_late() -> None:
     assert saeunlearn.Corpus is Corpus
     assert set(saeunlearn.__all__) <= set(dir(saeunlearn))
