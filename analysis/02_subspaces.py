@@ -76,7 +76,9 @@ for row in shares:
 
 # %% [markdown]
 # A span that holds much of the forget text's variance *and* of the near text's is not specific: near text is written
-# with the same phrases. Compare the columns of the figure before believing one of them.
+# with the same phrases. And a draw of random features can hold more than the relevant ones, if features that are
+# active in every text are among it: those carry most of the variance. Relevance is about the difference between
+# texts, not about size.
 #
 # ## Why the layer matters
 #

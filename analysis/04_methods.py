@@ -30,14 +30,15 @@ print(f"{len(runs)} methods × {len(SEEDS)} seeds")
 # ## What is left, what is kept
 #
 # Multiple choice ("choice": by likelihood) and generation ("said": greedy decoding gives the answer). A refusal moves
-# the second and hardly the first. Dots are runs.
+# the second and hardly the first. Dots are runs; methods that draw nothing at random give the same run three times.
 
 # %% tags=["picture-methods"]
 scores = scores_of(runs)
-shown = [r for r in scores if r["group"] in ("forget/seen", "near/untouched", "far/seen") or
-         (r["group"], r["metric"]) == ("forget/held_out", "multiple_choice")]  # fmt: skip
+wanted = [(g, m) for g in ("forget/seen", "near/untouched") for m in ("multiple_choice", "cloze")]
+wanted.insert(1, ("forget/held_out", "multiple_choice"))
+shown = [r for w in wanted for r in scores if (r["group"], r["metric"]) == w]
 levels = {r["measure"]: {"original": r["before"]} | ({"chance": r["chance"]} if r["chance"] else {}) for r in shown}
-figures_methods.scores([r for r in shown if r["metric"] != "nll"], levels)
+figures_methods.scores(shown, levels)
 
 # %%
 choice, said = (left_of(scores, m) for m in ("multiple_choice", "cloze"))

@@ -109,10 +109,10 @@ claims += [
 # ## NPO (2404.05868) and low-rank NPO (SemEval-2025 task 4)
 
 # %%
-ga = left_of(scores_of(demo.runs(RUNS, box, ["ga"])), "multiple_choice")["ga"]  # one seed
+ga = left_of(scores_of(demo.runs(RUNS, box, ["ga"], SEEDS)), "multiple_choice")["ga"]
 claims += [
     Claim("NPO", "forgets where gradient ascent collapses",
-          "forget choice of GA, less that of NPO, within the same retention budget (seed 0)",
+          "forget choice of GA, less that of NPO, within the same retention budget",
           less(choice["npo"], ga), at_least=0.5),
     Claim("NPO", "and keeps utility",
           "worst near or far group kept", kept["npo"], at_least=0.95),

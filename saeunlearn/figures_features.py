@@ -126,7 +126,7 @@ def geometry(found: Mapping[str, Any]) -> Figure:
     right.set(xlabel="principal angle, smallest first", ylabel="degrees (90: orthogonal)", ylim=(0, 94))
     right.set_title("Angles of the relevant subspace to …")
     for ax in (left, right):
-        ax.legend(loc="lower left" if ax is left else "lower right")
+        ax.legend(loc="upper right" if ax is left else "lower right")
     return _finish(fig)
 
 

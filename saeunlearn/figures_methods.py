@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+PANELS = 5  # beside each other
+
+
 def scores(rows: Sequence[Mapping[str, Any]], levels: Mapping[str, Mapping[str, float]] | None = None) -> Figure:
     """Scores by method, a panel a measure: a dot a run, a bar from the least to the greatest, a tick at the mean.
 
@@ -18,14 +22,15 @@ def scores(rows: Sequence[Mapping[str, Any]], levels: Mapping[str, Mapping[str, 
     lines (original, oracle, chance …).
     """
     methods, measures = (list(dict.fromkeys(r[k] for r in rows)) for k in ("method", "measure"))
-    fig = _figure(1.9 * max(1, len(measures)) + 1.4, 0.3 * len(methods) + 1.6)
+    columns = min(PANELS, max(1, len(measures)))
+    lines = max(1, math.ceil(len(measures) / columns))
+    fig = _figure(1.75 * columns + 1.4, (0.25 * len(methods) + 0.85) * lines + 0.5)
     if not rows:
         _say(fig, "no method was measured")
         return _finish(fig)
-    axes = fig.subplots(1, len(measures), sharey=True, squeeze=False)[0]
-    styles: dict[str, Any] = {
-        n: s for n, s in zip(dict.fromkeys(n for v in (levels or {}).values() for n in v), ("-", "--", ":", "-."))
-    }
+    axes = fig.subplots(lines, columns, sharey=True, squeeze=False).flat
+    names = list(dict.fromkeys(n for v in (levels or {}).values() for n in v))
+    styles: dict[str, Any] = dict(zip(names, ("-", ":", "--", "-.")))
     for ax, measure in zip(axes, measures):
         for r in (r for r in rows if r["measure"] == measure):
             y, colour = methods.index(r["method"]), FORGET if r["forget"] else RETAIN
@@ -34,9 +39,11 @@ def scores(rows: Sequence[Mapping[str, Any]], levels: Mapping[str, Mapping[str, 
             ax.plot([sum(r["runs"]) / len(r["runs"])], [y], "|", color=BLACK, markersize=11)
         for name, value in (levels or {}).get(measure, {}).items():
             ax.axvline(value, color=GREY, linestyle=styles[name], linewidth=1, zorder=0)
-        ax.set(title=measure, xlim=(-0.04, 1.04), xlabel="share correct")
+        ax.set(title=measure, xlim=(-0.04, 1.04), xlabel="share correct", xticks=[0, 0.5, 1])
         ax.grid(axis="y", color="#E5E5E5", linewidth=0.7)
         ax.set_axisbelow(True)
+    for ax in axes[len(measures) :]:
+        ax.remove()
     axes[0].set_yticks(range(len(methods)), methods)
     axes[0].set_ylim(len(methods) - 0.5, -0.5)
     from matplotlib.lines import Line2D
