@@ -11,7 +11,7 @@
 import os
 from pathlib import Path
 
-from saeunlearn import LanguageModel, demo, figures, figures_methods
+from saeunlearn import Corpus, LanguageModel, demo, figures, figures_methods
 from saeunlearn.evaluation.side_by_side import frontier_points, side_by_side
 from saeunlearn.explore.runs import erasures_of, kept_by, left_of, scores_of
 
@@ -60,8 +60,6 @@ for m in sorted(runs, key=lambda m: sum(choice[m])):
 
 # %%
 model, oracle = LanguageModel.open(box.model, device="cpu"), LanguageModel.open(box.oracle, device="cpu")
-from saeunlearn import Corpus
-
 drawn = {m: e for m, e in erasures_of(runs).items() if m in ("sspu", "rmu", "npo", "npo-lora", "crisp", "conditional")}
 found = side_by_side(model, Corpus.load(box.questions), drawn, oracle=oracle, strengths=(1.0, 0.5, 0.25))
 

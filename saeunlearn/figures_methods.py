@@ -59,13 +59,14 @@ def scores(rows: Sequence[Mapping[str, Any]], levels: Mapping[str, Mapping[str, 
 def recovered(documents: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Recovered share by attack, one marker a method, with 95 % intervals over questions; attacks by their worst case.
 
-    `documents`: {method: attacks.json}. What a method's attack could not be tried on is left out.
+    `documents`: {method: attacks.json}. Attacks that were not made on all of them are left out.
     """
+    tried = [{a["name"] for a in d["attacks"] if "best" in a} for d in documents.values()]
     found = {m: {a["name"]: a["best"] for a in d["attacks"] if "best" in a and a["best"]["recovered"] is not None}
              for m, d in documents.items()}  # fmt: skip
-    names = sorted({n for v in found.values() for n in v if n != "none"},
-                   key=lambda n: -max(v[n]["recovered"] for v in found.values() if n in v))  # fmt: skip
-    names = [n for n in ("none",) if any("none" in v for v in found.values())] + names
+    common = set.intersection(*tried) & {n for v in found.values() for n in v} if tried else set()
+    worst = {n: max(v[n]["recovered"] for v in found.values() if n in v) for n in common}
+    names = sorted(common, key=lambda n: (n != "none", -worst[n], n))
     fig = _figure(6.8, 0.17 * max(3, len(found)) * max(1, len(names)) + 1.5)
     if not names:
         _say(fig, "no attack was carried out")

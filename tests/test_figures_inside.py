@@ -139,8 +139,9 @@ def test_recovered_shares_come_by_attack_and_method() -> None:
 
     documents = {"a": {"attacks": [{"name": "none", "best": best(0.1)}, {"name": "int4", "best": best(0.2)},
                                    {"name": "lora", "best": best(0.9)}]},
-                 "b": {"attacks": [{"name": "lora", "best": best(0.3)}, {"name": "lens", "best": best(None)},
-                                   {"name": "bypass", "skipped": "no"}]}}  # fmt: skip
+                 "b": {"attacks": [{"name": "lora", "best": best(0.3)}, {"name": "lens", "best": best(0.9)},
+                                   {"name": "int4", "best": best(None)}, {"name": "bypass", "skipped": "no"},
+                                   {"name": "none", "best": best(0.0)}]}}  # fmt: skip
     fig = figures_methods.recovered(documents)
     assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ["no attack", "lora", "int4"]
     texts(fig)

@@ -142,5 +142,5 @@ def test_what_attacks_recover_is_read_from_their_document() -> None:
                             {"name": "bypass", "kind": "bypass", "skipped": "no hook"}]}  # fmt: skip
     assert recovered_by(document, "int4") == [0.1]
     assert (recovered_by(document, "lens"), recovered_by(document, "bypass")) == (None, None)
-    assert worst_of(document, "relearning", "quantisation") == 0.7
-    assert worst_of(document, "probing") is None
+    assert worst_of(document, "a", "b", "int4", "lens") == 0.7
+    assert worst_of(document, "lens", "bypass") is None

@@ -75,7 +75,6 @@ def recovered_by(document: Mapping[str, Any], name: str) -> list[float] | None:
     return found if found and found[0] is not None else None
 
 
-def worst_of(document: Mapping[str, Any], *kinds: str) -> float | None:
-    """The largest share that an attack of these kinds recovers; None where none has one."""
-    names = [a["name"] for a in document["attacks"] if a["kind"] in kinds]
+def worst_of(document: Mapping[str, Any], *names: str) -> float | None:
+    """The largest share that one of these attacks recovers, from attacks.json; None where none has a share."""
     return max((share for n in names for share in recovered_by(document, n) or ()), default=None)
