@@ -42,8 +42,10 @@ print(f"{run.model.name}: {run.model.n_layers} blocks, d = {run.model.d_model}; 
 figures.layer_table(run.selection.layers)
 
 # %% [markdown]
-# Where are the chosen features active? If these are not the words you meant, stop here: another forget set is needed,
-# or a retain set that contains what should stay.
+# Where are the chosen features active? In a model as small as this one no single feature need be about the topic: its
+# words are written in pieces, and a feature answers to a piece. The gate weighs several of them together, and the
+# cells below show what it comes to. If *all* that you see there has nothing to do with your topic, another forget set
+# is needed, or a retain set that contains what should stay.
 
 # %%
 from saeunlearn.explore.feature import feature_view
