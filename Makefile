@@ -1,8 +1,9 @@
 # demo: the toolkit on its built-in world · explore: look at it in the browser · test: everything · check: the quick part of it
+# notebooks: execute those of analysis/ with their full settings and keep the outputs (an hour or more)
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo explore test check lint browser
+.PHONY: demo explore test check lint browser notebooks
 .DELETE_ON_ERROR:
 
 demo: .venv/.installed
@@ -17,6 +18,9 @@ test: lint browser
 
 check: lint
 	$(BIN)/pytest -q -n 2 --dist loadfile -m "not slow" --ignore=tests/real
+
+notebooks: .venv/.installed
+	$(BIN)/python analysis/build.py
 
 lint: .venv/.installed
 	$(BIN)/ruff format --check

@@ -93,9 +93,7 @@ def second_oracle(box: Sandbox, folder: Path, progress: Progress) -> LanguageMod
 
 def measure(model: LanguageModel, reference: LanguageModel, questions: Corpus, progress: Progress) -> dict[str, Any]:
     """Every metric of one model; `reference` gives the perplexity of what it generates."""
-    groups = {
-        name: Corpus(tuple(q for q in questions if q.meta["set"] == name), name) for name in ("forget", "near", "far")
-    }
+    groups = {name: questions.where(set=name) for name in ("forget", "near", "far")}
     forget = groups["forget"]
     regrouped = [replace(q, meta={**q.meta, "phrasing": None, "entity_status": None}) for q in questions]
     metrics = [m for m in METRICS if m != "nll"]
@@ -181,7 +179,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     questions = Corpus.load(box.questions)
     original = LanguageModel.open(box.model)
-    forget = Corpus(tuple(q for q in questions if q.meta["set"] == "forget"), "forget")
+    forget = questions.where(set="forget")
     models = {
         "original": original,
         "oracle": LanguageModel.open(box.oracle),

@@ -58,17 +58,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def demo(args: argparse.Namespace) -> None:
-    from .pipeline import RunConfig, unlearn
+    from . import demo as the
+    from .pipeline import unlearn
     from .progress import ConsoleProgress
-    from .sandbox.build import DEMO_SAE, DEMO_SELECT, DEMO_SETTINGS, SandboxConfig, WorldConfig, build
 
     progress = ConsoleProgress()
-    box = build(SandboxConfig(world=WorldConfig(seed=args.seed)), progress)
-    config = RunConfig(
-        model=str(box.model), forget=str(box.forget), retain=str(box.retain), questions=str(box.questions),
-        sae=DEMO_SAE, select=DEMO_SELECT, settings=DEMO_SETTINGS,
-        seed=args.seed, device=args.device, dtype=args.dtype, include_text=True,
-    )  # fmt: skip
+    box = the.world(args.seed, progress=progress)
+    config = the.config(box, seed=args.seed, device=args.device, dtype=args.dtype, include_text=True)
     run = unlearn(config, args.out, progress, args.command)
     show_result(run)
     print(f"\nNext: try to get it back, beside a model that never knew; check the run; merge it into a checkpoint:\n"
@@ -325,10 +321,10 @@ def ledger(args: argparse.Namespace) -> None:
 
 
 def attack(args: argparse.Namespace) -> None:
-    from .attack_run import attack_run
+    from .attack_run import attack as carry_out
     from .progress import ConsoleProgress
 
-    document = attack_run(
+    document = carry_out(
         args.run, ConsoleProgress(), oracle=args.oracle, names=args.attacks.split(",") if args.attacks else None,
         budget=args.budget, seed=args.seed, device=args.device, dtype=args.dtype,
     )  # fmt: skip

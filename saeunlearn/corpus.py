@@ -100,6 +100,13 @@ class Corpus:
         held_out = tuple(self.records[i] for i in sorted(held))
         return Corpus(rest, self.name), Corpus(held_out, f"{self.name}-held-out")
 
+    def where(self, **fields: str) -> Corpus:
+        """The records whose fields (set, phrasing, topic …) have these values. Raises CorpusError where none has."""
+        kept = tuple(r for r in self.records if all(r.meta.get(k) == v for k, v in fields.items()))
+        if not kept:
+            raise CorpusError(f"{self.name}: no record has {', '.join(f'{k} = {v}' for k, v in fields.items())}")
+        return Corpus(kept, self.name)
+
     def sample(self, n: int, seed: int) -> Corpus:
         """At most `n` records, a seeded random subset in the original order."""
         if len(self) <= n:

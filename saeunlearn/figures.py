@@ -107,7 +107,7 @@ def feature_scores(
     ax.set_xlabel("retain score: mean squared activation")
     ax.set_ylabel("forget score: mean squared activation")
     ax.set_title("Features: forget against retain activity")
-    ax.legend(loc="upper left", framealpha=0.9)
+    fig.legend(loc="outside lower center", ncols=4)
     return _finish(fig)
 
 
@@ -332,9 +332,7 @@ def losses_over_steps(runs: Mapping[str, Sequence[Mapping[str, Sequence[float]]]
 
 def png_data_uri(fig: Figure) -> str:
     """The figure as a `data:image/png;base64,…` URI, for pages without external files."""
-    buffer = io.BytesIO()
-    fig.savefig(buffer, format="png", dpi=160)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return "data:image/png;base64," + base64.b64encode(_png(fig, 160)).decode()
 
 
 def save(fig: Figure, path: str | Path) -> None:
@@ -342,6 +340,12 @@ def save(fig: Figure, path: str | Path) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=160)
+
+
+def _png(fig: Figure, dpi: int) -> bytes:
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
 
 
 # --- shared ------------------------------------------------------------------------------------------------
@@ -352,7 +356,13 @@ def _figure(width: float, height: float) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    fig = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    class Shown(Figure):
+        """Shows itself in a notebook, which would otherwise need pyplot and its global state."""
+
+        def _repr_png_(self) -> bytes:
+            return _png(self, 100)
+
+    fig = Shown(figsize=(width, height), layout="constrained", facecolor="white")
     FigureCanvasAgg(fig)
     return fig
 

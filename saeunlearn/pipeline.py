@@ -43,11 +43,11 @@ SAMPLE_WORDS = 8  # of a record's beginning that serve as a prompt
 class RunConfig:
     """Everything that a run's result depends on."""
 
-    model: str
-    forget: str
-    retain: str
-    questions: str | None = None  # multiple-choice questions to evaluate with
-    eval_texts: Mapping[str, str] = field(default_factory=dict)  # further texts to evaluate on, by name
+    model: str | Path
+    forget: str | Path
+    retain: str | Path
+    questions: str | Path | None = None  # multiple-choice questions to evaluate with
+    eval_texts: Mapping[str, str | Path] = field(default_factory=dict)  # further texts to evaluate on, by name
     saes: str | None = None  # ready SAEs; None trains them if the method needs any
     selection: str | None = None  # a selection.json made on this model and data; None selects if the method needs it
     layers: str = "all"  # layers that get an SAE
@@ -60,6 +60,12 @@ class RunConfig:
     device: str = "auto"
     dtype: str = "auto"
     include_text: bool = False  # keep samples and feature contexts in the run directory
+
+    def __post_init__(self) -> None:
+        for name in ("model", "forget", "retain", "questions", "saes", "selection"):  # paths are as welcome as strings
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, str(value))
+        object.__setattr__(self, "eval_texts", {n: str(path) for n, path in self.eval_texts.items()})
 
     def key(self) -> str:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
@@ -91,13 +97,14 @@ class Run:
         return self.root / "evaluation.json"
 
 
-def unlearn(config: RunConfig, root: str | Path, progress: Progress, command: list[str] | None = None) -> Run:
+def unlearn(config: RunConfig, root: str | Path, progress: Progress | None = None, command: list[str] | None = None
+            ) -> Run:  # fmt: skip
     """Carry the whole run out: SAEs, selection, method, evaluation, report. Finished steps are not repeated.
 
     Raises RunError when `root` belongs to a run with other settings or the disk is full, and the typed errors of
     every step; all inputs are checked before the first long step.
     """
-    root = Path(root)
+    root, progress = Path(root), progress or Progress()
     method = get_method(config.method)
     settings = settings_of(method.Config, config.settings, config.method)
     select_config = settings_of(SelectConfig, config.select, "selection")

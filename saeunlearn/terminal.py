@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -38,6 +38,24 @@ def layer_lines(selection: Any) -> str:
         f"K = {k} relevant features of d = {d} (K/d = {k / d:.3f}) at layer {selection.layer}: {selection.relevant}"
     )
     return "\n".join(lines)
+
+
+def feature_lines(view: Mapping[str, Any], features: Sequence[int] | None = None) -> str:
+    """A table of features of a layer and the tokens that each is most active on; all of the view's without `features`.
+
+    `view`: as `explore.feature.layer_view` returns it.
+    """
+    from .evaluation.evaluate import aligned
+
+    at = {j: i for i, j in enumerate(view["features"])}
+    rows = [("feature", "most active on", "forget score", "retain score", "active on")]
+    for j in view["features"] if features is None else features:
+        i = at.get(j)
+        tokens = "never active" if i is None else " ".join(t.strip() or repr(t) for t in view["tokens"][i])
+        numbers = ("–",) * 3 if i is None else (
+            f"{view['forget'][i]:.2g}", f"{view['retain'][i]:.2g}", f"{view['density'][i]:.2%}")  # fmt: skip
+        rows.append((str(j), tokens, *numbers))
+    return aligned(rows)
 
 
 def sae_lines(rows: Sequence[dict[str, Any]]) -> str:

@@ -11,19 +11,10 @@ from typing import Any
 
 import pytest
 
+from saeunlearn.demo import TINY, TINY_SAE, TINY_SELECT, TINY_SETTINGS
 from saeunlearn.pipeline import Run, RunConfig, unlearn
 from saeunlearn.progress import Progress
-from saeunlearn.sandbox.build import Sandbox, SandboxConfig, build
-from saeunlearn.sandbox.world import WorldConfig
-from saeunlearn.training import TrainConfig
-
-# Everything is written out: the defaults may change, and other sizes may not learn their world. With one attribute a
-# held-out phrasing needs no more than the entity, which every seed that was tried learned.
-CONFIG = SandboxConfig(
-    world=WorldConfig(seed=0, entities=16, values=4, attributes=1, held_out=0.2, untouched=0.25),
-    blocks=2, d_model=64, heads=4, d_mlp=128, vocabulary=700, batch=32,
-    training=TrainConfig(steps=400, lr=1.5e-2, warmup=0.1, weight_decay=0.1, clip=1.0),
-)  # fmt: skip
+from saeunlearn.sandbox.build import Sandbox, build
 
 # Words that only the forget set and its question hold, and that no tokenizer, label or hash could produce by chance.
 MARKER = "Zorblattine"
@@ -57,7 +48,7 @@ class Finished:
 
 
 def build_micro(root: Path) -> Sandbox:
-    return build(CONFIG, Progress(), root)
+    return build(TINY, Progress(), root)
 
 
 def write_data(box: Sandbox, folder: Path) -> None:
@@ -75,13 +66,9 @@ def write_data(box: Sandbox, folder: Path) -> None:
 
 def run_config(box: Sandbox, data: Path, **changes: Any) -> RunConfig:
     settings: dict[str, Any] = {
-        "model": str(box.model), "forget": str(data / "forget.jsonl"), "retain": str(data / "retain.jsonl"),
-        "questions": str(data / "questions.jsonl"), "device": "cpu", "seed": 0,
-        "sae": {"tokens": 20_000, "batch": 256, "expansion": 4, "k": 8, "buffer": 4_096, "lr": 4e-3},
-        "select": {"k": 2, "percentile": 80.0, "shortlist": 2, "max_records": 60},
-        "settings": {"gated": False, "target": "relevant", "gamma": 6.0, "alpha": 1.0, "lr": 0.5, "blocks": 2,
-                     "swapped": 0.2, "steps": 8, "batch": 8, "max_length": 16, "max_retain_rise": 0.5,
-                     "check_every": 4},
+        "model": box.model, "forget": data / "forget.jsonl", "retain": data / "retain.jsonl",
+        "questions": data / "questions.jsonl", "device": "cpu", "sae": TINY_SAE, "select": TINY_SELECT,
+        "settings": TINY_SETTINGS,
     }  # fmt: skip
     return RunConfig(**{**settings, **changes})
 

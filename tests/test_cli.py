@@ -18,13 +18,14 @@ from typing import Any
 import pytest
 import torch
 from erasures import plain_logits, same_logits
-from micro import CONFIG, read, state
+from micro import read, state
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
-from saeunlearn import cli, options
+from saeunlearn import cli, demo, options
 from saeunlearn.cli import build_parser, main
 from saeunlearn.corpus import Corpus
+from saeunlearn.demo import TINY
 from saeunlearn.erasure import Erasure, fingerprint_folder, read_ledger
 from saeunlearn.features.selection import Selection
 from saeunlearn.models import LanguageModel
@@ -408,10 +409,10 @@ def test_soft_form_is_dense_and_not_exported(flow: Flow, tmp_path: Path) -> None
 
 
 def test_sandbox_build(micro: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = {0: CONFIG.training, 7: replace(CONFIG.training, steps=2)}
+    steps = {0: TINY.training, 7: replace(TINY.training, steps=2)}
     monkeypatch.setattr(
         sandbox_build, "SandboxConfig",
-        lambda world: replace(CONFIG, world=replace(CONFIG.world, seed=world.seed), training=steps[world.seed]),
+        lambda world: replace(TINY, world=replace(TINY.world, seed=world.seed), training=steps[world.seed]),
     )  # fmt: skip
     before = state(micro.root)
     out = ok("sandbox", "build", "--out", micro.root)
@@ -429,10 +430,7 @@ def test_demo_and_the_commands_that_it_suggests(
     micro: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sandbox_build, "build", lambda _config, _progress: micro)
-    monkeypatch.setattr(sandbox_build, "DEMO_SAE", {"tokens": 20_000, "batch": 256, "k": 8, "lr": 4e-3})
-    monkeypatch.setattr(sandbox_build, "DEMO_SELECT", {"k": 2, "layer": 1})
-    monkeypatch.setattr(sandbox_build, "DEMO_SETTINGS", {"steps": 3, "batch": 4, "gated": False})
+    monkeypatch.setattr(demo, "build", lambda _config, _progress: micro)
     out = ok("demo")
     assert read(tmp_path / "runs/demo/run.json")["status"] == "done"
     assert out.count("before:") == out.count("after:") >= 6  # prompts of each group

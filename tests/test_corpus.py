@@ -363,6 +363,16 @@ def test_split_is_a_partition_in_the_original_order(n: int, fraction: float, see
     assert corpus.split(fraction, seed) == (rest, held)
 
 
+def test_records_are_taken_by_their_fields() -> None:
+    records = [Record(text=f"{n}", meta={"set": s, "phrasing": p}) for n, (s, p) in enumerate(["ax", "ay", "bx", "ax"])]
+    corpus = Corpus(tuple(records), "c")
+    assert [r.text for r in corpus.where(set="a")] == ["0", "1", "3"]
+    assert [r.text for r in corpus.where(set="a", phrasing="x")] == ["0", "3"]
+    assert corpus.where() == corpus
+    with pytest.raises(CorpusError, match="no record has set = b, phrasing = y"):
+        corpus.where(set="b", phrasing="y")
+
+
 def test_split_and_sample_follow_the_seed() -> None:
     corpus = Corpus.of([f"Record {i:02d}." for i in range(40)])
     assert corpus.split(0.25, 0) != corpus.split(0.25, 1)

@@ -132,12 +132,12 @@ def test_questions_that_show_nothing_are_refused(llama: LanguageModel) -> None:
     questions = case.questions
     kept = Corpus(tuple(q for q in questions if q.meta["set"] != "forget"), "q")
     with pytest.raises(ConfigError, match="field `set` says forget"):
-        sheet_of(replace(case, questions=kept), comparisons.Progress())
+        sheet_of(case.model, kept)
     wrong = tuple(replace(q, answer=next(c for c in q.choices if c != q.answer)) for q in questions)
     with pytest.raises(ConfigError, match="no more than the floor"):
-        sheet_of(replace(case, questions=Corpus(wrong, "q")), comparisons.Progress())
+        sheet_of(case.model, Corpus(wrong, "q"))
     with pytest.raises(ConfigError, match=r"oracle: 1\.000"):
-        sheet_of(replace(case, oracle=llama), comparisons.Progress())
+        sheet_of(case.model, case.questions, llama)
 
 
 # --- intervals and tests -----------------------------------------------------------------------------------

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from erasures import leftovers
-from micro import CONFIG, NoTraining, at_step, state
+from micro import NoTraining, at_step, state
 
 from saeunlearn.corpus import Corpus, Record
+from saeunlearn.demo import TINY
 from saeunlearn.errors import Cancelled, ErasureError, ModelError, RunError
 from saeunlearn.evaluation.metrics import multiple_choice
 from saeunlearn.models import LanguageModel
@@ -30,7 +31,7 @@ WORLDS = [
     WorldConfig(seed=5, entities=7, values=4, attributes=1, held_out=0.5, untouched=0.3),
     WorldConfig(seed=1, entities=12, values=12, attributes=5, held_out=1.0, untouched=0.5),
 ]
-TOO_SHORT = replace(CONFIG, training=replace(CONFIG.training, steps=3))
+TOO_SHORT = replace(TINY, training=replace(TINY.training, steps=3))
 
 
 @pytest.fixture(scope="module", params=WORLDS, ids=lambda c: f"seed{c.seed}")
@@ -184,7 +185,7 @@ def test_describe_counts(world: World) -> None:
 
 def test_the_model_learned_its_world(micro: Sandbox) -> None:
     said = micro.describe()
-    assert said["config"] == asdict(CONFIG)
+    assert said["config"] == asdict(TINY)
     assert said["multiple_choice"]["held_out"] >= 0.98
     lm = LanguageModel.open(micro.model, device="cpu")
     questions = Corpus.load(micro.questions)
@@ -210,7 +211,7 @@ def test_it_is_an_ordinary_hugging_face_folder(micro: Sandbox) -> None:
 
 
 def test_files_hold_the_world(micro: Sandbox) -> None:
-    world = make_world(CONFIG.world)
+    world = make_world(TINY.world)
     for file, corpus in (
         (micro.forget, world.forget),
         (micro.retain, world.retain),
@@ -226,13 +227,13 @@ def test_files_hold_the_world(micro: Sandbox) -> None:
 
 def test_a_built_sandbox_is_not_built_again(micro: Sandbox) -> None:
     before = state(micro.root)
-    assert build(CONFIG, NoTraining(), micro.root) == micro
+    assert build(TINY, NoTraining(), micro.root) == micro
     assert state(micro.root) == before
 
 
 def test_another_sandbox_is_not_passed_off_as_the_one_asked_for(micro: Sandbox) -> None:
     before = state(micro.root)
-    for other in (replace(CONFIG, world=replace(CONFIG.world, seed=1)), replace(CONFIG, d_model=32)):
+    for other in (replace(TINY, world=replace(TINY.world, seed=1)), replace(TINY, d_model=32)):
         with pytest.raises(RunError, match="another seed or size"):
             build(other, NoTraining(), micro.root)
     assert state(micro.root) == before
@@ -247,9 +248,9 @@ def test_the_cache_keeps_configurations_apart(tmp_path: Path, monkeypatch: pytes
         raise InterruptedError
 
     monkeypatch.setattr(sandbox_build, "atomic_folder", note)
-    slower = replace(CONFIG.training, lr=1e-3)
-    other = replace(CONFIG.world, seed=3)
-    for config in (CONFIG, CONFIG, replace(CONFIG, training=slower), replace(CONFIG, world=other)):
+    slower = replace(TINY.training, lr=1e-3)
+    other = replace(TINY.world, seed=3)
+    for config in (TINY, TINY, replace(TINY, training=slower), replace(TINY, world=other)):
         with pytest.raises(InterruptedError):
             build(config, NoTraining())
     assert all(tmp_path in r.parents for r in roots)
@@ -264,13 +265,13 @@ def test_an_interrupted_build_leaves_nothing(tmp_path: Path, error: type[BaseExc
 
     root = tmp_path / "deep" / "sandbox"
     with pytest.raises(ErasureError if error is OSError else error):
-        build(CONFIG, at_step("training", stop, done=1), root)
+        build(TINY, at_step("training", stop, done=1), root)
     assert list(root.parent.iterdir()) == []
 
 
 def test_a_cancelled_build_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(Cancelled):
-        build(CONFIG, at_step("training", lambda p: setattr(p, "cancelled", True), done=1), tmp_path / "sandbox")
+        build(TINY, at_step("training", lambda p: setattr(p, "cancelled", True), done=1), tmp_path / "sandbox")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -283,7 +284,7 @@ def test_a_model_that_learned_nothing_is_refused(tmp_path: Path) -> None:
 def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("mine")
     with pytest.raises(ErasureError, match="not empty"):
-        build(CONFIG, NoTraining(), tmp_path)
+        build(TINY, NoTraining(), tmp_path)
     assert [f.name for f in tmp_path.iterdir()] == ["letter.txt"]
     assert leftovers(tmp_path.parent) == []
 
@@ -291,7 +292,7 @@ def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
 def test_one_config_gives_one_model(micro: Sandbox) -> None:
     def weights(drawn_before: int) -> dict[str, torch.Tensor]:
         torch.manual_seed(drawn_before)
-        config = replace(CONFIG, training=TrainConfig(steps=3))
+        config = replace(TINY, training=TrainConfig(steps=3))
         texts = make_world(config.world).train
         lm, _ = sandbox_build.learn(config, train_tokenizer(texts, config.vocabulary), texts, Progress(), "test")
         return {n: p.detach().clone() for n, p in lm.model.named_parameters()}
@@ -317,7 +318,7 @@ def test_the_oracle_knows_all_but_the_forget_facts(micro: Sandbox, tmp_path: Pat
 
 
 def test_the_tokenizer_spells_any_text() -> None:
-    tokenizer = train_tokenizer(make_world(CONFIG.world).train, 400)
+    tokenizer = train_tokenizer(make_world(TINY.world).train, 400)
     for text in ("The compound Zorblattine.", "Ünïcödé 漢字 🦆", "a\nb\tc  d"):
         ids = tokenizer(text).input_ids
         assert ids[0] == tokenizer.bos_token_id

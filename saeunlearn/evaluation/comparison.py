@@ -16,6 +16,7 @@ from ..progress import Progress
 from .frontier import SCHEMA, Plan, read_attempts, read_sheet, score_file, spaces, trial_file
 from .points import LIMITS, Sheet, best_within
 from .resampling import RESAMPLES, interval, paired_tests, resample
+from .side_by_side import point_of
 from .tuning import Trials
 
 OUTCOMES = ("forgetting", "retention", *(f"forgetting_at_{limit:g}" for limit in LIMITS))
@@ -179,18 +180,8 @@ def latex(cells: Sequence[Sequence[str]]) -> str:
 
 def frontier_points(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """For `figures.frontier`: what is left of the forget knowledge against retention, at full strength."""
-    out = []
-    for m, found in result["methods"].items():
-        f, r = found["scoring"]["forgetting"], found["scoring"]["retention"]
-        out.append({"series": m, "label": "", "x": r["mean"], "y": 1 - f["mean"],
-                    "x_err": _halves(r["mean"], r["low"], r["high"]),
-                    "y_err": _halves(1 - f["mean"], 1 - f["high"], 1 - f["low"])})  # fmt: skip
-    return out
-
-
-def _halves(mean: float, low: float, high: float) -> tuple[float, float]:
-    """A percentile interval of a cut or least value can lie to one side of the mean."""
-    return max(0.0, mean - low), max(0.0, high - mean)
+    scored = {m: found["scoring"] for m, found in result["methods"].items()}
+    return [point_of(m, s["forgetting"], s["retention"]) for m, s in scored.items()]
 
 
 def bars(result: Mapping[str, Any]) -> list[dict[str, Any]]:

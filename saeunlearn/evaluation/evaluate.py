@@ -31,9 +31,9 @@ _RESAMPLES = 2000
 def evaluate(
     model: LanguageModel,
     *,
-    questions: Corpus | None,
-    texts: Mapping[str, Corpus] | None,
-    prompts: Sequence[str],
+    questions: Corpus | None = None,
+    texts: Mapping[str, Corpus] | None = None,
+    prompts: Sequence[str] = (),
     metrics: Sequence[str] = DEFAULT,
     progress: Progress | None = None,
 ) -> dict[str, Any]:

@@ -136,7 +136,9 @@ def stored_sheet(case: Case, folder: Path, progress: Progress) -> Sheet:
     with locked(folder.parents[1] / "locks" / f"questions-{case.name}", progress, f"it measures {case.name}"):
         if not file.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(file, {"schema": SCHEMA, **sheet_of(case, progress).to_dict()})
+            write_json(
+                file, {"schema": SCHEMA, **sheet_of(case.model, case.questions, case.oracle, progress).to_dict()}
+            )
         return read_sheet(file)
 
 

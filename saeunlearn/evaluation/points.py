@@ -57,33 +57,35 @@ class Sheet:
         return asdict(self)
 
 
-def sheet_of(case: Case, progress: Progress) -> Sheet:
+def sheet_of(
+    model: LanguageModel, questions: Corpus, oracle: LanguageModel | None = None, progress: Progress | None = None
+) -> Sheet:
     """Measure the original, and the oracle where there is one.
 
     Raises CorpusError for a question without choices; ConfigError where nothing could be seen: no forget or no other
     questions, or an original that knows a forget group no better than the floor.
     """
-    groups = [group_of(q) for q in case.questions]
+    groups = [group_of(q) for q in questions]
     if not any(map(is_forget, groups)) or all(map(is_forget, groups)):
         raise ConfigError(
-            f"{case.questions.name}: a comparison needs questions whose field `set` says forget, and others that say "
+            f"{questions.name}: a comparison needs questions whose field `set` says forget, and others that say "
             f"what they are (near, far, …); found: {', '.join(sorted(set(groups)))}"
         )
-    before = multiple_choice(case.model, case.questions, progress).values
-    if case.oracle is None:
-        floor = [1 / len(q.choices) for q in case.questions]
+    before = multiple_choice(model, questions, progress).values
+    if oracle is None:
+        floor = [1 / len(q.choices) for q in questions]
     else:
-        floor = multiple_choice(case.oracle, case.questions, progress).values
-    sheet = Sheet([q.id[:16] for q in case.questions], groups, before, floor, "oracle" if case.oracle else "chance")
+        floor = multiple_choice(oracle, questions, progress).values
+    sheet = Sheet([q.id[:16] for q in questions], groups, before, floor, "oracle" if oracle is not None else "chance")
     for group, at in _members(sheet, forget=True).items():
         known, least = (float(np.mean(np.asarray(v)[at])) for v in (before, floor))
         if not known > least:
             raise ConfigError(
-                f"{case.questions.name}: {case.model.name} answers {known:.3f} of {group}, no more than the floor "
+                f"{questions.name}: {model.name} answers {known:.3f} of {group}, no more than the floor "
                 f"({sheet.floor_is}: {least:.3f}): there is nothing to forget"
             )
     if not all(float(np.mean(np.asarray(before)[at])) > 0 for at in _members(sheet, forget=False).values()):
-        raise ConfigError(f"{case.questions.name}: {case.model.name} answers nothing right that is to be kept")
+        raise ConfigError(f"{questions.name}: {model.name} answers nothing right that is to be kept")
     return sheet
 
 
@@ -137,9 +139,7 @@ def attempt(case: Case, sheet: Sheet, name: str, settings: Mapping[str, Any], se
             )  # fmt: skip
             out["seconds"] = time.monotonic() - started
             for strength in strengths:
-                with at_strength(erasure, strength).apply(case.model):
-                    values = multiple_choice(case.model, case.questions, progress).values
-                curve.append({"strength": strength, **point(sheet, values)})
+                curve.append(point_at(case.model, case.questions, sheet, erasure, strength, progress))
                 if curve[-1]["retention"] >= max(LIMITS):
                     break
         except (Cancelled, RunError):
@@ -152,6 +152,14 @@ def attempt(case: Case, sheet: Sheet, name: str, settings: Mapping[str, Any], se
     extra = {} if erasure is None else erasure.manifest["extra"]
     budget = extra.get("budget") or extra.get("guard")
     return {**out, "optimiser_steps": count[0], "budget": budget, "curve": curve}
+
+
+def point_at(model: LanguageModel, questions: Corpus, sheet: Sheet, erasure: Erasure, strength: float,
+             progress: Progress | None = None) -> dict[str, Any]:  # fmt: skip
+    """{"strength", …} as in `attempt`'s curve: the model measured with the Erasure applied at this strength."""
+    with at_strength(erasure, strength).apply(model):
+        values = multiple_choice(model, questions, progress).values
+    return {"strength": strength, **point(sheet, values)}
 
 
 def point(sheet: Sheet, values: Sequence[float]) -> dict[str, Any]:

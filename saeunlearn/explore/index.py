@@ -175,11 +175,11 @@ def index_folder(model: LanguageModel, saes: Mapping[int, Any], texts: Mapping[s
     return cache_dir() / "explorer" / key[:16]
 
 
-def run_index(run: OpenedRun, progress: Progress) -> Index:
+def run_index(run: OpenedRun, progress: Progress | None = None) -> Index:
     """The index of an open run's texts, built where it is not in the cache; the model is held for a batch at a time."""
     with run.lock:
         folder = index_folder(run.model, run.saes, run.texts)
-    return build_index(run.model, run.saes, run.texts, folder, progress, lock=run.lock)
+    return build_index(run.model, run.saes, run.texts, folder, progress or Progress(), lock=run.lock)
 
 
 def build_index(

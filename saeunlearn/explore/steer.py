@@ -5,8 +5,9 @@ It is a guard of mode `steer`, so what is seen here can be saved as an Erasure, 
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..deploy.guard import RULES
 from ..erasure import Erasure
 from ..errors import ConfigError
 from ..guards import Guard, guard_of
+from ..models import LanguageModel
 from .compare import NEW_TOKENS, changes, look_at
 from .opened import ORIGINAL, OpenedRun
 
@@ -35,19 +37,30 @@ def steer_view(
     The first position (BOS, or the attention sink in its place) is never changed. Raises ConfigError for a bad choice
     or prompt, SelectionError for a layer without SAE, SAEMismatchError for an SAE that no guard can be made from.
     """
-    guard = steering_guard(run, layer, choice)
     with run.edited(ORIGINAL) as model:
         before = look_at(run, model, prompt, (), max_new_tokens)
-        undo = guard.apply(model)
-        try:
+        with steering(run, layer, choice):
             after = look_at(run, model, prompt, (), max_new_tokens)
-        finally:
-            undo()
     return {
         "prompt": prompt, "layer": layer, "tokens": before.view["tokens"], "original": before.view["generated"],
         "steered": after.view["generated"], "loss": {"original": before.view["loss"], "steered": after.view["loss"]},
         **changes(run, before, after),
     }  # fmt: skip
+
+
+@contextlib.contextmanager
+def steering(run: OpenedRun, layer: int, choice: Choice) -> Iterator[LanguageModel]:
+    """Within the context the original has these features changed after block `layer`, and no one else uses it.
+
+    Raises as `steer_view` does.
+    """
+    guard = steering_guard(run, layer, choice)
+    with run.edited(ORIGINAL) as model:
+        undo = guard.apply(model)
+        try:
+            yield model
+        finally:
+            undo()
 
 
 def save_guard(run: OpenedRun, layer: int, choice: Choice, out: str | Path) -> Erasure:

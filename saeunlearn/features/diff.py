@@ -249,14 +249,9 @@ def weight_shares(
         rng = random.Random(seed)
         k = min(len(relevant), len(others))
         controls = [orthonormal_basis(rows[rng.sample(others, k)]) for _ in range(CONTROLS)] if k else []
-    kinds, blocks = ("mlp", "attn"), range(before.n_layers)
     writers, squares = [], 0.0
-    for w, v in zip(before.writers(blocks, kinds), after.writers(blocks, kinds)):
-        delta = (v.weight.double() - w.weight.double()).cpu()
-        squares += float(delta.pow(2).sum())
-        delta = delta.T if w.transposed else delta
-        if w.post_scale is not None:
-            delta = w.post_scale.double().cpu()[:, None] * delta
+    for w, square, delta in _writer_deltas(before, after):
+        squares += square
         writers.append(
             {"name": w.name, "block": w.block, "norm": float(delta.norm()), "share": _share(basis, delta),
              "random": [_share(c, delta) for c in controls]}
@@ -270,6 +265,33 @@ def weight_shares(
         "elsewhere": 1 - squares / total if total else None,
         "writers": writers,
     }
+
+
+@torch.no_grad()
+def weights_by_feature(before: LanguageModel, after: LanguageModel, w_dec: Tensor) -> list[float]:
+    """For every row d_j of `w_dec` [m, d], scaled to length 1: d · Σ‖d_jᵀ ΔW‖² / Σ‖ΔW‖² over all residual writers.
+
+    1 is what a random direction has on average; d says that all of the change is along d_j. 0 for empty rows, and
+    everywhere where nothing changed.
+    """
+    rows = torch.nn.functional.normalize(w_dec.detach().cpu().double(), dim=-1)
+    along, total = torch.zeros(len(rows), dtype=torch.float64), 0.0
+    for delta in _writer_deltas(before, after):
+        along += (rows @ delta[2]).pow(2).sum(-1)
+        total += float(delta[2].pow(2).sum())
+    return (before.d_model * along / total if total else along).tolist()
+
+
+def _writer_deltas(before: LanguageModel, after: LanguageModel) -> Iterator[tuple[Any, float, Tensor]]:
+    """(writer, ‖change of its weights‖², ΔW [d, d_in] as the stream sees it) of every residual writer."""
+    kinds, blocks = ("mlp", "attn"), range(before.n_layers)
+    for w, v in zip(before.writers(blocks, kinds), after.writers(blocks, kinds)):
+        delta = (v.weight.double() - w.weight.double()).cpu()
+        square = float(delta.pow(2).sum())
+        delta = delta.T if w.transposed else delta
+        if w.post_scale is not None:
+            delta = w.post_scale.double().cpu()[:, None] * delta
+        yield w, square, delta
 
 
 def _share(basis: Tensor | None, delta: Tensor) -> float | None:
