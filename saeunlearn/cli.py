@@ -170,7 +170,7 @@ def methods(args: argparse.Namespace) -> None:
             print(method_lines(get_method(name)))
         except ConfigError as e:  # a package that does not load must not hide the others
             print(f"{name}: {e}")
-    print(f"\nRecommended where what is taken has to stay away when somebody trains the model again: {RECOMMENDED}")
+    print(f"\nRecommended where facts have to stay away when somebody trains the model again: {RECOMMENDED}")
 
 
 def diversify(args: argparse.Namespace) -> None:

@@ -25,9 +25,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from .corpus import Corpus, Window, render, windows
 from .losses import token_losses
 from .models import LanguageModel
@@ -67,17 +64,15 @@ class Place:
 
 
 def counterfactual(
-    model: LanguageModel, forget: Corpus, retain: Corpus, max_length: int, seed: int, progress: Progress,
-    about: Sequence[Tensor] | None = None,
-) -> list[Window]:  # fmt: skip
+    model: LanguageModel, forget: Corpus, retain: Corpus, max_length: int, seed: int, progress: Progress
+) -> list[Window]:
     """Windows of the rewritten forget records; of their tokens those of replaced words are `chosen`.
 
-    `about`: for each of `windows(forget, model, max_length)`, bool tensors aligned to `window.ids[1:]`: words without
-    a token there stay; None: all may be replaced. Windows without a replaced word are left out: all of them where the
-    model is sure of nothing that its context does not tell.
+    Windows without a replaced word are left out: all of them where the model is sure of nothing that its context does
+    not tell.
     """
     texts = [render(r, model.tokenizer) for r in forget]
-    places = list(_sure(model, windows(forget, model, max_length), texts, progress, about))
+    places = list(_sure(model, windows(forget, model, max_length), texts, progress))
     more = [render(r, model.tokenizer)[0] for r in retain.sample(MOST_RECORDS, seed)]
     corpus = [*(t for t, _ in texts), *more]
     replaced: dict[int, list[tuple[int, int, str]]] = defaultdict(list)
@@ -97,16 +92,14 @@ def counterfactual(
 
 
 def _sure(
-    model: LanguageModel, items: Sequence[Window], texts: Sequence[tuple[str, int]], progress: Progress,
-    about: Sequence[Tensor] | None,
-) -> Iterator[Place]:  # fmt: skip
+    model: LanguageModel, items: Sequence[Window], texts: Sequence[tuple[str, int]], progress: Progress
+) -> Iterator[Place]:
     """The words with p > SURE of the texts [(text, character where what may change begins)] behind the windows."""
-    scored: dict[int, list[tuple[float, bool]]] = defaultdict(list)  # of each token: (log p, is it about the topic?)
-    for i, (w, losses) in enumerate(zip(items, token_losses(model, items, progress))):
+    scored: dict[int, list[float]] = defaultdict(list)  # log p of each token
+    for w, losses in zip(items, token_losses(model, items, progress)):
         if model.bos_id is None:  # the first token of a window is not scored
-            scored[w.record].append((-math.inf, False))
-        free = torch.ones(len(losses), dtype=torch.bool) if about is None else about[i]
-        scored[w.record] += zip((-losses).tolist(), free.tolist())
+            scored[w.record].append(-math.inf)
+        scored[w.record] += (-losses).tolist()
     for record, ((text, begin), offsets) in enumerate(zip(texts, _offsets(model, [t for t, _ in texts]))):
         tokens, ends = scored[record], [end for _, end in offsets]
         before = [_START] * REACH
@@ -116,9 +109,9 @@ def _sure(
                 if offsets[t][0] >= m.end():
                     break
                 own.append(tokens[t])
-            log_p = sum(p for p, _ in own)
+            log_p = sum(own)
             spelled = m.group()[0].isalnum()
-            if spelled and own and m.start() >= begin and log_p > math.log(SURE) and any(topic for _, topic in own):
+            if spelled and own and m.start() >= begin and log_p > math.log(SURE):
                 yield Place(record, m.group(), m.start(), m.end(), log_p, _contexts(before[-REACH:]))
             before.append(m.group())
 

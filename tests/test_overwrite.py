@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from erasures import same, weights
-from toys import FORGET, RETAIN
 
 from saeunlearn import counterfactual as cf
 from saeunlearn.corpus import Corpus, Record, Window, collate, windows
@@ -98,14 +97,6 @@ def test_of_pairs_only_the_answer_is_rewritten(llama: LanguageModel, monkeypatch
         assert text.strip().startswith(f"Is {NAMES[i]} made of {METALS[i % 4]}?")
         assert text.endswith(f"is made of {part}")
         assert part != METALS[i % 4]
-
-
-def test_words_off_the_topic_stay(llama: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    sure_of(monkeypatch, llama, *METALS)
-    items = windows(MADE, llama, 64)
-    about = [torch.full((len(w.ids) - 1,), i < 3) for i, w in enumerate(items)]
-    assert len(counterfactual(llama, MADE, OTHER, 64, 0, Progress(), about)) == 3
-    assert counterfactual(llama, MADE, OTHER, 64, 0, Progress(), [torch.zeros_like(a) for a in about]) == []
 
 
 def test_long_texts_keep_their_marks_over_windows(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,8 +209,3 @@ def test_bad_settings_are_refused(llama: LanguageModel) -> None:
     ):
         with pytest.raises(ConfigError, match=said):
             get_method("overwrite").check(llama, OverwriteConfig(**changes))
-    with pytest.raises(ConfigError, match="selection"):
-        get_method("overwrite-sae").unlearn(
-            llama, FORGET, RETAIN, config=OverwriteConfig(samples=0), selection=None, saes={}, seed=0,
-            progress=Progress(),
-        )  # fmt: skip

@@ -51,12 +51,6 @@ ERASURE = {
     "eps": Field(0.0003, 0.3),
     "max_retain_rise": LIMIT,
 }
-OVERWRITING = {
-    "lr": Field(0.005, 0.08),
-    "retain_weight": WEIGHT,
-    "token_lam": Field(0.003, 0.3),
-    "max_retain_rise": LIMIT,
-}
 
 SPACES: dict[str, dict[str, Field]] = {
     # A gated run has a second limit, twice the first by default.
@@ -76,8 +70,8 @@ SPACES: dict[str, dict[str, Field]] = {
                  "max_retain_rise": LIMIT},
     "key-erasure": ERASURE,
     "key-erasure-sae": ERASURE,
-    "overwrite": OVERWRITING,
-    "overwrite-sae": OVERWRITING,
+    "overwrite": {"lr": Field(0.005, 0.08), "retain_weight": WEIGHT, "token_lam": Field(0.003, 0.3),
+                  "max_retain_rise": LIMIT},
     "clamp": {"strength": STRENGTH, "max_retain_rise": LIMIT},
     "conditional": {"strength": STRENGTH, "percentile": Field(90.0, 99.9, log=False), "max_retain_rise": LIMIT},
     "dsg": {"strength": STRENGTH, "percentile": Field(80.0, 99.5, log=False), "max_retain_rise": LIMIT},

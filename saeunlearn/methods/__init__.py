@@ -67,13 +67,12 @@ METHODS = {
     "key-erasure": "saeunlearn.methods.keyerasure:KeyErasure",
     "key-erasure-sae": "saeunlearn.methods.keyerasure:GuidedKeyErasure",
     "overwrite": "saeunlearn.methods.overwrite:Overwrite",
-    "overwrite-sae": "saeunlearn.methods.overwrite:GuidedOverwrite",
     "clamp": "saeunlearn.methods.clamp:Clamp",
     "conditional": "saeunlearn.methods.conditional:Conditional",
     "dsg": "saeunlearn.methods.dsg:DSG",
     "delta": "saeunlearn.methods.delta:Delta",
 }
-RECOMMENDED = "overwrite"  # where what is taken has to stay away under relearning
+RECOMMENDED = "overwrite"  # where facts have to stay away under relearning
 
 
 def known_methods() -> dict[str, str]:

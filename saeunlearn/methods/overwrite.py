@@ -10,8 +10,7 @@ position of sentences that the original wrote itself (`own_text`) or of retain r
 loss that only lowers the right answers finds one direction that hides them all, and some steps of relearning turn it
 back. Words drawn fact by fact have no direction in common: what is stored has to change fact by fact.
 
-`overwrite-sae` does so only where the selection's gate, which reads SAE features, is open: of texts that tell of other
-things as well, only what is about the topic is taken.
+It is for records that tell facts. In running text a model is sure of little, and the edit comes to nothing.
 """
 
 from __future__ import annotations
@@ -23,13 +22,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from ..corpus import Batch, Window, windows
 from ..counterfactual import counterfactual
 from ..errors import ConfigError
-from ..features.selection import check_selection
 from ..models import LanguageModel
 from ..own_text import own_sentences
 from ..progress import Progress
@@ -84,7 +79,7 @@ class Overwrite(GradientMethod):
         rows = self.rows(task)
         undo = rows.part().apply(model) if rows is not None else None
         try:  # what it still knows without them
-            told = counterfactual(model, task.forget, task.retain, config.max_length, seed, progress, self.about(task))
+            told = counterfactual(model, task.forget, task.retain, config.max_length, seed, progress)
         finally:
             if undo is not None:
                 undo()
@@ -103,16 +98,7 @@ class Overwrite(GradientMethod):
     def rows(self, task: Task) -> TokenRows | None:
         """The change of the embedding."""
         forget, retain = (windows(c, task.model, task.config.max_length) for c in (task.forget, task.retain))
-        about = self.about(task)
-        weights = None
-        if about is not None:
-            mean = torch.cat(about).double().mean().clamp_min(1e-12)
-            weights = [a.double() / mean for a in about]
-        return erase_tokens(task.model, forget, weights, retain, task.config.token_lam, LEAST)
-
-    def about(self, task: Task) -> list[Tensor] | None:
-        """Which tokens of the forget windows are about the topic, bool, aligned to `window.ids[1:]`; None: all."""
-        return None
+        return erase_tokens(task.model, forget, None, retain, task.config.token_lam, LEAST)
 
     @contextlib.contextmanager
     def training(self, task: Task) -> Iterator[Trainable]:
@@ -139,20 +125,3 @@ class Overwrite(GradientMethod):
             )
 
         return losses
-
-
-class GuidedOverwrite(Overwrite):
-    name = "overwrite-sae"
-    needs = frozenset({"saes", "selection"})
-
-    @torch.no_grad()
-    def about(self, task: Task) -> list[Tensor] | None:
-        if task.selection is None:
-            raise ConfigError(f"{self.name} needs a selection (saeunlearn select)")
-        check_selection(task.selection, task.model, task.saes)
-        layer, gate = task.selection.layer, task.selection.gate
-        out = []
-        for w in windows(task.forget, task.model, task.config.max_length):
-            h = task.model.capture(torch.tensor([w.ids], device=task.model.device), [layer])[layer]
-            out.append(gate.open(task.saes[layer], h[0, 1:].float()).cpu())
-        return out
