@@ -28,6 +28,7 @@ from saeunlearn.sandbox.build import DEMO_SETTINGS
 from saeunlearn.training import TrainConfig, next_token_loss, train
 
 FREE = 1e6  # a limit on the retain loss that is none
+SUPPRESSING = {"weights": "blocks", "steps": 60, "max_retain_rise": FREE}  # of NPO, where something heals afterwards
 
 
 def by_method(world: World, name: str, seed: int, model: LanguageModel | None = None, **settings: Any) -> Erasure:
@@ -109,7 +110,7 @@ def noise_and_retrain(world: World, seed: int, share: float = 0.6, steps: int = 
 
 def undo(world: World, seed: int) -> Erasure:
     """UNDO (arXiv 2506.06278), short: suppress (NPO), noise on the suppressed model, distil from it."""
-    suppressed = with_(world.model, by_method(world, "npo", seed, weights="blocks", steps=100))
+    suppressed = with_(world.model, by_method(world, "npo", seed, **SUPPRESSING))
     student = noisy(suppressed, 0.4, seed)
     distil(world, student, suppressed, 220, seed)
     return difference(world, student, "undo", seed)
@@ -138,7 +139,7 @@ def tar(world: World, seed: int) -> Erasure:
     Each step: four steps of gradient descent on forget text, as an attacker would; the gradient of the entropy there,
     to be raised, together with that of KL to the original on its own sentences, at the weights before.
     """
-    net = with_(world.model, by_method(world, "npo", seed, weights="blocks", steps=100))
+    net = with_(world.model, by_method(world, "npo", seed, **SUPPRESSING))
     net.model.requires_grad_(True)
     params = list(net.model.parameters())
     optimiser = torch.optim.AdamW(params, lr=3e-4, weight_decay=0.0)
@@ -200,7 +201,7 @@ def blocks_healed(world: World, seed: int) -> Erasure:
 VARIANTS: dict[str, Callable[[World, int], Erasure]] = {
     "blocks-healed": blocks_healed, "cycles": cycles, "erased-first": erased_first, "undo": undo, "tar": tar,
     "value-edit": value_edit, "noise-and-retrain": noise_and_retrain,
-    "npo-healed": lambda w, s: healed(w, by_method(w, "npo", s, weights="blocks", steps=100), s, steps=150),
+    "npo-healed": lambda w, s: healed(w, by_method(w, "npo", s, **SUPPRESSING), s, steps=150),
     **{f"noise-and-retrain-{n}": lambda w, s, n=n: noise_and_retrain(w, s, steps=n) for n in (70, 140, 560)},
     **{f"overwrite-{n}": lambda w, s, n=n: by_method(w, "overwrite", s, steps=n) for n in (50, 100, 400)},
 }  # fmt: skip
