@@ -124,9 +124,10 @@ def over_compute(points: Sequence[Mapping[str, Any]], oracle: float, chance: flo
     for ax, level in zip(axes, (oracle, 1.0)):
         ax.plot([1.0], [level], "*", markersize=11, color=GREY, label="oracle")
         ax.axvline(0.2, color=GREY, linewidth=0.9, linestyle="--")
-        ax.set(xscale="log", ylim=(0, 1.03), xlabel="compute (share of the oracle's training)")
+        ax.set(xlim=(0, max(1.0, *(p["compute"] for p in points)) * 1.06), ylim=(0, 1.03))
+        ax.set(xlabel="compute (share of the oracle's training)")
     axes[0].axhline(chance, color=BLACK, linewidth=0.9, linestyle=":", label="chance")
     axes[0].set(title="After the best relearning", ylabel="share correct on other forget facts")
-    axes[1].set(title="Kept", ylabel="worst near or far group (share of the original)")
+    axes[1].set(title="Kept of the worst near or far group", ylabel="share of the original")
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return _finish(fig)
