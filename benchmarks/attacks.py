@@ -19,16 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from neighbours import by_method
 from sandbox_frontier import World
 
 from saeunlearn.checkpoints import write_json
 from saeunlearn.erasure import Erasure
 from saeunlearn.evaluation.attacks.battery import ATTACKS, attack
-from saeunlearn.methods import get_method
 from saeunlearn.models import LanguageModel
-from saeunlearn.options import settings_of
 from saeunlearn.progress import ConsoleProgress
-from saeunlearn.sandbox.build import DEMO_SETTINGS, build_oracle
+from saeunlearn.sandbox.build import build_oracle
 
 METHODS = ["sspu", "rmu", "npo-lora", "npo", "unierase", "conditional"]
 
@@ -36,13 +35,7 @@ METHODS = ["sspu", "rmu", "npo-lora", "npo", "unierase", "conditional"]
 def unlearned(world: World, name: str, seed: int, folder: Path) -> Erasure:
     """The Erasure of a method with its defaults, made once."""
     if not folder.exists():
-        method = get_method(name)
-        method.unlearn(
-            world.model, world.forget, world.retain, seed=seed, progress=ConsoleProgress(),
-            config=settings_of(method.Config, DEMO_SETTINGS if name == "sspu" else {}, name),
-            selection=world.case.selection(seed) if "selection" in method.needs else None,
-            saes=world.saes if "saes" in method.needs else {},
-        ).save(folder)  # fmt: skip
+        by_method(world, name, seed).save(folder)
     return Erasure.load(folder)
 
 
