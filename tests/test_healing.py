@@ -70,10 +70,17 @@ def test_it_comes_nearer_to_the_original_and_writes_to_no_erased_direction(lm: L
             assert float(change.norm()) > 1e-3  # the rest is free
 
 
+def own_text(lm: LanguageModel) -> Corpus:
+    """What the random model itself goes on with: any other text an edit may only help it to read."""
+    prompts = [" ".join(r.text.split()[:3]) for r in FORGET]
+    return Corpus.of([f"{p} {g}" for p, g in zip(prompts, lm.generate(prompts, 12))], "own")
+
+
 def test_rows_that_the_edit_moved_far_stay(lm: LanguageModel) -> None:
+    own = own_text(lm)
     config = KeyErasureConfig(matrices="embed", token_lam=0.4, max_length=32, max_retain_rise=1e6)
     edit = get_method("key-erasure").unlearn(
-        lm, FORGET, RETAIN, config=config, selection=None, saes={}, seed=0, progress=Progress()
+        lm, own, RETAIN, config=config, selection=None, saes={}, seed=0, progress=Progress()
     )
     (part,) = edit.parts
     assert isinstance(part, WeightDelta)
@@ -84,7 +91,7 @@ def test_rows_that_the_edit_moved_far_stay(lm: LanguageModel) -> None:
         edited = embedding.detach().clone()
     assert held is not None
     assert 0 < len(held) < len(embedding)
-    with healed(lm, edit).apply(lm):
+    with healed(lm, edit, forget=own).apply(lm):
         now = embedding.detach().clone()
     assert torch.allclose(now[held], edited[held], atol=1e-6)
     others = [i for i in range(len(now)) if i not in set(held.tolist())]
@@ -92,9 +99,7 @@ def test_rows_that_the_edit_moved_far_stay(lm: LanguageModel) -> None:
 
 
 def test_the_guard_takes_no_more_healing_than_forgetting_allows(llama: LanguageModel) -> None:
-    # What the random model itself goes on with: any other text an edit may only help it to read.
-    prompts = [" ".join(r.text.split()[:3]) for r in FORGET]
-    own = Corpus.of([f"{p} {g}" for p, g in zip(prompts, llama.generate(prompts, 12))], "own")
+    own = own_text(llama)
     watched = windows(own, llama, 32)
     original = mean_loss(llama, watched)
     edit = make(llama, deltas(llama, (2, 3), scale=3.0))

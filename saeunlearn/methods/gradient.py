@@ -188,10 +188,10 @@ class GradientMethod(ABC):
         budget.watch("retain", some(windows(held, task.model, config.max_length), seed), config.max_retain_rise)
         for attempt in range(ATTEMPTS):
             now = replace(config, lr=config.lr / SHORTER**attempt)
+            objective = self.objective(task)
             with self.training(task) as trained:
                 losses = []
                 if f_items:
-                    objective = self.objective(task)
                     losses = _fit(trained, budget, f_items, r_items, now, seed, progress, self.name, objective)
                 parts = trained.parts()
             if not parts:
