@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from saeunlearn.corpus import Batch, endless, windows
 from saeunlearn.erasure import Erasure
-from saeunlearn.healing import HealConfig, heal
+from saeunlearn.healing import HealConfig, distance, heal
 from saeunlearn.methods import get_method
 from saeunlearn.models import LanguageModel
 from saeunlearn.options import settings_of
@@ -48,7 +49,7 @@ def healed(world: World, erasure: Erasure, seed: int, **settings: Any) -> Erasur
     return heal(world.model, erasure, world.forget, world.retain, config, seed, ConsoleProgress())
 
 
-def with_(model: LanguageModel, erasure: Erasure) -> LanguageModel:
+def edited_by(model: LanguageModel, erasure: Erasure) -> LanguageModel:
     """A copy with the Erasure in its weights."""
     twin = model.copy()
     twin.model.float()
@@ -66,15 +67,6 @@ def difference(world: World, edited: LanguageModel, name: str, seed: int) -> Era
     )  # fmt: skip
 
 
-def distance(teacher: LanguageModel, b: Batch, logits: Tensor) -> Tensor:
-    """KL(teacher ‖ student), nats a token."""
-    there = b.attention_mask.bool()
-    with torch.no_grad():
-        wanted = teacher.model(input_ids=b.ids, attention_mask=b.attention_mask, use_cache=False).logits
-    now, then = (x[there].log_softmax(-1) for x in (logits, wanted))
-    return nn.functional.kl_div(now, then, log_target=True, reduction="batchmean")
-
-
 def sentences(world: World, seed: int) -> Iterator[Batch]:
     """Batches of 32 sentences that the original wrote."""
     own = own_sentences(world.model, world.forget, world.retain, 3000, 32, seed, ConsoleProgress())
@@ -84,8 +76,7 @@ def sentences(world: World, seed: int) -> Iterator[Batch]:
 def distil(world: World, student: LanguageModel, teacher: LanguageModel, steps: int, seed: int) -> None:
     student.model.requires_grad_(True)
     plan = TrainConfig(steps=steps, lr=2e-3, weight_decay=0.0)
-    train(student, sentences(world, seed), plan, ConsoleProgress(), "distilling", None,
-          lambda b, logits: distance(teacher, b, logits))  # fmt: skip
+    train(student, sentences(world, seed), plan, ConsoleProgress(), "distilling", None, partial(distance, teacher))
     student.model.requires_grad_(False)
 
 
@@ -110,7 +101,7 @@ def noise_and_retrain(world: World, seed: int, share: float = 0.6, steps: int = 
 
 def undo(world: World, seed: int) -> Erasure:
     """UNDO (arXiv 2506.06278), short: suppress (NPO), noise on the suppressed model, distil from it."""
-    suppressed = with_(world.model, by_method(world, "npo", seed, **SUPPRESSING))
+    suppressed = edited_by(world.model, by_method(world, "npo", seed, **SUPPRESSING))
     student = noisy(suppressed, 0.4, seed)
     distil(world, student, suppressed, 220, seed)
     return difference(world, student, "undo", seed)
@@ -121,15 +112,15 @@ def cycles(world: World, seed: int) -> Erasure:
     model = world.model
     edited = model
     for turn in range(2):
-        edited = with_(edited, by_method(world, "key-erasure", seed + turn, edited, lam=0.3, max_retain_rise=FREE))
+        edited = edited_by(edited, by_method(world, "key-erasure", seed + turn, edited, lam=0.3, max_retain_rise=FREE))
         distil(world, edited, model, 110, seed + turn)
     return difference(world, edited, "cycles", seed)
 
 
 def erased_first(world: World, seed: int) -> Erasure:
     """Key erasure of the blocks, mild, and overwriting what it leaves."""
-    edited = with_(world.model, by_method(world, "key-erasure", seed, lam=0.1, max_retain_rise=FREE))
-    both = with_(edited, by_method(world, "overwrite", seed, edited, steps=150, max_retain_rise=FREE))
+    edited = edited_by(world.model, by_method(world, "key-erasure", seed, lam=0.1, max_retain_rise=FREE))
+    both = edited_by(edited, by_method(world, "overwrite", seed, edited, steps=150, max_retain_rise=FREE))
     return difference(world, both, "erased-first", seed)
 
 
@@ -139,7 +130,7 @@ def tar(world: World, seed: int) -> Erasure:
     Each step: four steps of gradient descent on forget text, as an attacker would; the gradient of the entropy there,
     to be raised, together with that of KL to the original on its own sentences, at the weights before.
     """
-    net = with_(world.model, by_method(world, "npo", seed, **SUPPRESSING))
+    net = edited_by(world.model, by_method(world, "npo", seed, **SUPPRESSING))
     net.model.requires_grad_(True)
     params = list(net.model.parameters())
     optimiser = torch.optim.AdamW(params, lr=3e-4, weight_decay=0.0)
@@ -182,7 +173,7 @@ def value_edit(world: World, seed: int) -> Erasure:
     selection = world.case.selection(seed)
     rows = world.saes[selection.layer].W_dec.detach()[selection.relevant].float()
     basis = torch.linalg.qr(rows.T)[0]
-    net = with_(world.model, difference(world, noisy(world.model, 0.0, seed), "none", seed))
+    net = world.model.copy()
     with torch.no_grad():
         for w in net.writers(range(selection.layer + 1), ("mlp",)):
             weight = w.weight.T if w.transposed else w.weight

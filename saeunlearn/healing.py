@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -85,14 +86,6 @@ def heal(
             and (k := parameter_key(p.name))}  # fmt: skip
     student.model.requires_grad_(True)
 
-    def distance(b: Batch, logits: Tensor) -> Tensor:
-        """KL(original ‖ edited), nats a token."""
-        there = b.attention_mask.bool()
-        with torch.no_grad():
-            wanted = model.model(input_ids=b.ids, attention_mask=b.attention_mask, use_cache=False).logits
-        now, then = (x[there].float().log_softmax(-1) for x in (logits, wanted))
-        return nn.functional.kl_div(now, then, log_target=True, reduction="batchmean")
-
     @torch.no_grad()
     def hold(_step: int) -> None:
         for k, p in base_parameters(student).items():
@@ -103,7 +96,7 @@ def heal(
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):  # dropout, where the model has any
         torch.manual_seed(seed)
-        losses = train(student, rows, plan, progress, "healing", hold, distance)
+        losses = train(student, rows, plan, progress, "healing", hold, partial(distance, model))
     now = {k: p.detach().clone() for k, p in base_parameters(student).items()}
 
     def at(scale: float) -> float:
@@ -132,6 +125,15 @@ def heal(
         retain_fingerprint=manifest["retain_fingerprint"], selection=manifest["selection"], saes=manifest["saes"],
         losses=manifest["losses"], extra={**manifest["extra"], "heal": said},
     )  # fmt: skip
+
+
+def distance(original: LanguageModel, b: Batch, logits: Tensor) -> Tensor:
+    """KL(original ‖ edited), nats a token, of the edited model's logits on the batch."""
+    there = b.attention_mask.bool()
+    with torch.no_grad():
+        wanted = original.model(input_ids=b.ids, attention_mask=b.attention_mask, use_cache=False).logits
+    now, then = (x[there].float().log_softmax(-1) for x in (logits, wanted))
+    return nn.functional.kl_div(now, then, log_target=True, reduction="batchmean")
 
 
 @dataclass(frozen=True)

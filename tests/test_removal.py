@@ -190,6 +190,10 @@ DONE = {"status": "done"}
         (DONE, ["weight_delta"], ROWS, attacks(), False, {"Not attacked": 0, "larger budget": 1, "no oracle": 0}),
         (DONE, ["weight_delta"], ROWS, attacks(levels={}), False, {"no oracle beside it": 1, "(oracle) was": 1}),
         (DONE, ["weight_delta"], ROWS, attacks(attacks=[]), False, {"it was not attacked": 1}),
+        (DONE, ["weight_delta"], ROWS, attacks(), False, {"it was hidden. The method overwrite": 1}),
+        ({**DONE, "config": {"method": "overwrite"}}, ["weight_delta"], ROWS, attacks(), False, {"hidden": 0}),
+        (DONE, ["weight_delta"], ROWS, attacks(headline={"attack": "relearn", "recovered": 0.25}), False, {"hidden": 0}),
+        (DONE, ["weight_delta"], ROWS, attacks(headline=None), False, {"hidden": 0}),
     ],
 )  # fmt: skip
 def test_claims_depend_on_what_was_measured(

@@ -10,7 +10,7 @@ position of sentences that the original wrote itself (`own_text`) or of retain r
 loss that only lowers the right answers finds one direction that hides them all, and some steps of relearning turn it
 back. Words drawn fact by fact have no direction in common: what is stored has to change fact by fact.
 
-It is for records that tell facts. In running text a model is sure of little, and the edit comes to nothing.
+It is for records that tell facts. In running text a model is sure of little, and the edit comes to little.
 """
 
 from __future__ import annotations
