@@ -192,7 +192,7 @@ DONE = {"status": "done"}
         (DONE, ["weight_delta"], ROWS, attacks(attacks=[]), False, {"it was not attacked": 1}),
         (DONE, ["weight_delta"], ROWS, attacks(), False, {"it was hidden. The method overwrite": 1}),
         ({**DONE, "config": {"method": "overwrite"}}, ["weight_delta"], ROWS, attacks(), False, {"hidden": 0}),
-        (DONE, ["weight_delta"], ROWS, attacks(headline={"attack": "relearn", "recovered": 0.25}), False, {"hidden": 0}),
+        (DONE, ["weight_delta"], ROWS, attacks(headline={"recovered": 0.25}), False, {"hidden": 0}),
         (DONE, ["weight_delta"], ROWS, attacks(headline=None), False, {"hidden": 0}),
     ],
 )  # fmt: skip
