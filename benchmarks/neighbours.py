@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +17,9 @@ from torch import Tensor, nn
 
 from saeunlearn.corpus import Batch, endless, windows
 from saeunlearn.erasure import Erasure
-from saeunlearn.healing import HealConfig, distance, heal
+from saeunlearn.healing import HealConfig, heal
 from saeunlearn.methods import get_method
+from saeunlearn.methods.objectives import distance
 from saeunlearn.models import LanguageModel
 from saeunlearn.options import settings_of
 from saeunlearn.own_text import own_sentences
@@ -28,6 +28,7 @@ from saeunlearn.progress import ConsoleProgress
 from saeunlearn.sandbox.build import DEMO_SETTINGS
 from saeunlearn.training import TrainConfig, next_token_loss, train
 
+STATES = HealConfig.state_weight  # what is distilled follows the residual streams too, as overwriting does
 FREE = 1e6  # a limit on the retain loss that is none
 SUPPRESSING = {"weights": "blocks", "steps": 60, "max_retain_rise": FREE}  # of NPO, where something heals afterwards
 
@@ -76,7 +77,8 @@ def sentences(world: World, seed: int) -> Iterator[Batch]:
 def distil(world: World, student: LanguageModel, teacher: LanguageModel, steps: int, seed: int) -> None:
     student.model.requires_grad_(True)
     plan = TrainConfig(steps=steps, lr=2e-3, weight_decay=0.0)
-    train(student, sentences(world, seed), plan, ConsoleProgress(), "distilling", None, partial(distance, teacher))
+    train(student, sentences(world, seed), plan, ConsoleProgress(), "distilling", None,
+          lambda b: distance(teacher, student, b, STATES))  # fmt: skip
     student.model.requires_grad_(False)
 
 
@@ -120,7 +122,7 @@ def cycles(world: World, seed: int) -> Erasure:
 def erased_first(world: World, seed: int) -> Erasure:
     """Key erasure of the blocks, mild, and overwriting what it leaves."""
     edited = edited_by(world.model, by_method(world, "key-erasure", seed, lam=0.1, max_retain_rise=FREE))
-    both = edited_by(edited, by_method(world, "overwrite", seed, edited, steps=150, max_retain_rise=FREE))
+    both = edited_by(edited, by_method(world, "overwrite", seed, edited, steps=310, max_retain_rise=FREE))
     return difference(world, both, "erased-first", seed)
 
 
@@ -156,7 +158,7 @@ def tar(world: World, seed: int) -> Erasure:
                 p.copy_(old)
         b = next(kept)
         optimiser.zero_grad()
-        (4 * distance(world.model, b, run(b))).backward()
+        (4 * distance(world.model, net, b, STATES)).backward()
         for p, g in zip(params, against):
             p.grad = g if p.grad is None else p.grad + g
         nn.utils.clip_grad_norm_(params, 1.0)
@@ -194,7 +196,7 @@ VARIANTS: dict[str, Callable[[World, int], Erasure]] = {
     "value-edit": value_edit, "noise-and-retrain": noise_and_retrain,
     "npo-healed": lambda w, s: healed(w, by_method(w, "npo", s, **SUPPRESSING), s, steps=150),
     **{f"noise-and-retrain-{n}": lambda w, s, n=n: noise_and_retrain(w, s, steps=n) for n in (70, 140, 560)},
-    **{f"overwrite-{n}": lambda w, s, n=n: by_method(w, "overwrite", s, steps=n) for n in (50, 100, 400)},
+    **{f"overwrite-{n}": lambda w, s, n=n: by_method(w, "overwrite", s, steps=n) for n in (115, 230, 920)},
 }  # fmt: skip
 
 

@@ -138,13 +138,15 @@ class Window:
     """Token ids of one record or of a part of it (BOS first where the model has one).
 
     `answer_start`: index of the first answer token of a question/answer pair, else 1. `chosen`: for each of `ids`,
-    whether it may be a target; None: all may.
+    whether it may be a target; None: all may. `spread`: (position, token, share), distributions that are to be
+    predicted at positions, beside the token that stands there.
     """
 
     ids: tuple[int, ...]
     answer_start: int
     record: int
     chosen: tuple[bool, ...] | None = None
+    spread: tuple[tuple[int, int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,7 @@ class Batch:
     `mask` (bool) marks the positions whose activations count: never padding, and never the first
     position: it is BOS, or acts as the attention sink in its place. `targets` (bool) marks the tokens
     that are predicted and scored: those of `mask`, from the answer's start on for pairs, that were chosen.
+    `spread`: ((row, position, token) [3, n], share [n]) of the windows' distributions, if they have any.
     """
 
     ids: Tensor
@@ -161,12 +164,14 @@ class Batch:
     mask: Tensor
     targets: Tensor
     records: tuple[int, ...]
+    spread: tuple[Tensor, Tensor] | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""
         tensors = (self.ids, self.attention_mask, self.mask, self.targets)
         ids, attention_mask, mask, targets = (t.to(device) for t in tensors)
-        return Batch(ids, attention_mask, mask, targets, self.records)
+        spread = None if self.spread is None else (self.spread[0].to(device), self.spread[1].to(device))
+        return Batch(ids, attention_mask, mask, targets, self.records, spread)
 
 
 def windows(corpus: Corpus, model: LanguageModel, max_length: int | None = None) -> list[Window]:
@@ -269,7 +274,9 @@ def collate(items: Sequence[Window], pad_id: int) -> Batch:
             targets[row, :n] &= torch.tensor(w.chosen)
     mask = attention.bool().clone()
     mask[:, 0] = False
-    return Batch(ids, attention, mask, targets & mask, tuple(w.record for w in items))
+    parts = [(row, at, token, share) for row, w in enumerate(items) for at, token, share in w.spread]
+    spread = (torch.tensor([p[:3] for p in parts]).T, torch.tensor([p[3] for p in parts])) if parts else None
+    return Batch(ids, attention, mask, targets & mask, tuple(w.record for w in items), spread)
 
 
 # --- files -----------------------------------------------------------------------------------------------

@@ -1,11 +1,11 @@
 """Healing: after an edit, bring what was to be kept back to the original's answers, and nothing of the rest.
 
-The edited model is trained towards the original one, KL(original ‖ edited) over the whole vocabulary at every position,
-on sentences that the original writes itself (they tell what no record at hand says), or on the retain records. Two
-things keep the way back closed. What the edit erased stays erased: each change of a matrix is kept orthogonal, on its
-input side, to the right singular vectors that hold `ERASED` of the energy of its ΔW, and rows of the embedding that the
-edit moved far stay where they are. And the loss on forget text is watched: of the healing only as large a share is
-taken as leaves the edit that much of its effect there.
+The edited model is trained towards the original one, by KL and residual streams (`objectives.distance`), on sentences
+that the original writes itself (they tell what no record at hand says), or on the retain records. Two things keep the
+way back closed. What the edit erased stays erased: each change of a matrix is kept orthogonal, on its input side, to
+the right singular vectors that hold `ERASED` of the energy of its ΔW, and rows of the embedding that the edit moved far
+stay where they are. And the loss on forget text is watched: of the healing only as large a share is taken as leaves the
+edit that much of its effect there.
 
 Compute: one forward pass of the original and a forward and a backward pass of the edited model a step, and the
 sampling, a forward pass a token.
@@ -15,16 +15,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .corpus import Batch, Corpus, endless, windows
+from .corpus import Corpus, endless, windows
 from .erasure import Erasure, WeightDelta
 from .errors import ConfigError
 from .losses import mean_loss
 from .methods.budget import some
+from .methods.objectives import distance
 from .models import LanguageModel
 from .own_text import own_sentences
 from .parts import base_parameters
@@ -46,6 +46,7 @@ class HealConfig:
     samples: int = 3000  # sentences that the original writes, to train on; 0: train on the retain records
     tokens: int = 32  # the most in one of them
     max_length: int = 256  # tokens in a window of a record
+    state_weight: float = 3.0  # of the distance of the residual streams against the KL
     max_return: float = 0.1  # share of the edit's effect on the forget loss that may be lost
 
     def check(self) -> None:
@@ -55,6 +56,8 @@ class HealConfig:
                 raise ConfigError(f"healing: {name} = {getattr(self, name)}; use at least {least}")
         if not self.lr > 0 or not math.isfinite(self.lr):
             raise ConfigError(f"healing: lr = {self.lr} must be positive and finite")
+        if not self.state_weight >= 0:
+            raise ConfigError(f"healing: state_weight = {self.state_weight} must not be negative")
         if not 0 < self.max_return < 1:
             raise ConfigError(f"healing: max_return = {self.max_return} must lie between 0 and 1")
 
@@ -96,7 +99,9 @@ def heal(
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):  # dropout, where the model has any
         torch.manual_seed(seed)
-        losses = train(student, rows, plan, progress, "healing", hold, partial(distance, model))
+        losses = train(
+            student, rows, plan, progress, "healing", hold, lambda b: distance(model, student, b, config.state_weight)
+        )
     now = {k: p.detach().clone() for k, p in base_parameters(student).items()}
 
     def at(scale: float) -> float:
@@ -125,15 +130,6 @@ def heal(
         retain_fingerprint=manifest["retain_fingerprint"], selection=manifest["selection"], saes=manifest["saes"],
         losses=manifest["losses"], extra={**manifest["extra"], "heal": said},
     )  # fmt: skip
-
-
-def distance(original: LanguageModel, b: Batch, logits: Tensor) -> Tensor:
-    """KL(original ‖ edited), nats a token, of the edited model's logits on the batch."""
-    there = b.attention_mask.bool()
-    with torch.no_grad():
-        wanted = original.model(input_ids=b.ids, attention_mask=b.attention_mask, use_cache=False).logits
-    now, then = (x[there].float().log_softmax(-1) for x in (logits, wanted))
-    return nn.functional.kl_div(now, then, log_target=True, reduction="batchmean")
 
 
 @dataclass(frozen=True)

@@ -216,6 +216,11 @@ class LanguageModel:
         """Next-token logits [batch, position, d_vocab] in float32."""
         return self.model(input_ids=ids, attention_mask=attention_mask, use_cache=False).logits.float()
 
+    def logits_and_states(self, ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Sequence[Tensor]]:
+        """`logits`, and the residual stream after each block [batch, position, d_model], the last behind the norm."""
+        out = self.model(input_ids=ids, attention_mask=attention_mask, use_cache=False, output_hidden_states=True)
+        return out.logits.float(), out.hidden_states[1:]
+
     def capture(self, ids: Tensor, layers: Sequence[int], attention_mask: Tensor | None = None) -> dict[int, Tensor]:
         """Residual stream after each block of `layers`: {l: [batch, position, d_model]}.
 

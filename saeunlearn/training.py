@@ -28,13 +28,13 @@ class TrainConfig:
 
 def train(
     model: LanguageModel, batches: Iterator[Batch], config: TrainConfig, progress: Progress, what: str = "training",
-    after: Callable[[int], None] | None = None, loss_of: Callable[[Batch, Tensor], Tensor] | None = None,
+    after: Callable[[int], None] | None = None, loss_of: Callable[[Batch], Tensor] | None = None,
 ) -> list[float]:  # fmt: skip
     """Train all weights in place on the targets of `batches`; returns the loss of each step (nats a token).
 
     The weights must be float32 (master weights); on a GPU the matrix products run in bfloat16. `after` is called
-    after every step with the number of steps done, the model in evaluation mode. `loss_of`: a scalar from a batch and
-    its logits, in place of the loss on the batch's targets.
+    after every step with the number of steps done, the model in evaluation mode. `loss_of`: a scalar that
+    it computes from a batch with the model, in place of the loss on the batch's targets.
     Raises NonFiniteError at the first loss that is not finite, Cancelled when asked to stop.
     """
     net = model.model.train()
@@ -53,8 +53,7 @@ def train(
             b = next(batches).to(model.device)
             # On CPUs bfloat16 gains nothing at the sizes that are trained here.
             with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=model.device.type == "cuda"):
-                logits = net(input_ids=b.ids, attention_mask=b.attention_mask, use_cache=False).logits
-            loss = (loss_of or next_token_loss)(b, logits)
+                loss = loss_of(b) if loss_of else next_token_loss(b, model.logits(b.ids, b.attention_mask))
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
                 raise NonFiniteError(f"{what}: the loss is {losses[-1]} at step {step}; lower the learning rate")

@@ -15,6 +15,7 @@ from saeunlearn.counterfactual import counterfactual
 from saeunlearn.errors import ConfigError
 from saeunlearn.losses import mean_loss
 from saeunlearn.methods import get_method
+from saeunlearn.methods.objectives import distance, spread_nll
 from saeunlearn.methods.overwrite import OverwriteConfig
 from saeunlearn.models import LanguageModel
 from saeunlearn.progress import Progress
@@ -99,6 +100,14 @@ def test_of_pairs_only_the_answer_is_rewritten(llama: LanguageModel, monkeypatch
         assert part != METALS[i % 4]
 
 
+def test_a_word_that_the_next_two_tell_stays(llama: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """(_ made of) tells "is", so only "was" and the metals are of interest; after "was" stands something else."""
+    mixed = Corpus.of([*(r.text for r in OTHER), *(f"The sail {n} was grey today." for n in NAMES)], "mixed")
+    sure_of(monkeypatch, llama, "is", *METALS)
+    found = rewritten(llama, counterfactual(llama, MADE, mixed, 64, 0, Progress()))
+    assert all(part in {*METALS, "oak"} for _, part in found)
+
+
 def test_long_texts_keep_their_marks_over_windows(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     long = Corpus.of([" ".join(r.text for r in MADE), *(r.text for r in MADE)], "long")
     sure_of(monkeypatch, lm, *METALS)
@@ -120,6 +129,60 @@ def test_only_chosen_tokens_are_targets() -> None:
     batch = collate([w, Window((1, 5), 1, 1)], 0)
     assert batch.targets.tolist() == [[False, True, False, True], [False, True, False, False]]
     assert batch.mask.sum() == 4
+
+
+def test_the_spread_is_over_the_other_words_of_the_context(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """(The jar _ is made of) each of METALS follows as often; the old one gets nothing."""
+    sure_of(monkeypatch, lm, *METALS)
+    first = {m: lm.tokenizer("of " + m, add_special_tokens=False).input_ids for m in METALS}
+    start = next(n for n, ids in enumerate(zip(*first.values())) if len(set(ids)) > 1)  # where the words differ
+    before = len(lm.tokenizer("of", add_special_tokens=False).input_ids)
+    for i, w in enumerate(counterfactual(lm, MADE, OTHER, 64, 0, Progress())):
+        assert w.chosen is not None
+        at = w.chosen.index(True)
+        assert {t for t, _, _ in w.spread} == {at}
+        found = {token: share for _, token, share in w.spread}
+        assert sum(found.values()) == pytest.approx(1)
+        if start == before:  # the first token tells the words apart
+            usual = {first[m][before]: 1 / 3 for m in METALS if m != METALS[i % 4]}
+            assert found == pytest.approx(usual)
+
+
+def test_spread_is_cross_entropy_by_hand(lm: LanguageModel) -> None:
+    items = [Window((1, 5, 6, 7), 1, 0, spread=((2, 9, 0.25), (2, 6, 0.75), (3, 8, 1.0))), Window((1, 5), 1, 1)]
+    batch = collate(items, 0)
+    logits = torch.randn(2, 4, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    log_p = logits[0].log_softmax(-1)
+    wanted = -(0.25 * log_p[1, 9] + 0.75 * log_p[1, 6] + log_p[2, 8]) / 2  # mean over two places
+    assert float(spread_nll(logits, batch)) == pytest.approx(float(wanted), rel=1e-6)
+    assert float(spread_nll(logits[1:], collate(items[1:], 0))) == 0.0
+
+
+def test_distance_is_kl_and_streams_by_hand(lm: LanguageModel) -> None:
+    batch = collate(windows(MADE, lm)[:3], lm.pad_id)
+    twin = lm.copy()
+    with torch.no_grad():
+        assert float(distance(lm, twin, batch, 3.0)) == pytest.approx(0.0, abs=1e-6)
+        for w in twin.writers(range(lm.n_layers), ("mlp",)):
+            w.weight[: w.weight.shape[0] // 2].mul_(3.0)
+        kl = n = 0.0
+        layers = range(lm.n_layers - 1)
+        apart = {layer: [0.0, 0.0] for layer in layers}
+        for row in range(3):
+            size = int(batch.attention_mask[row].sum())
+            ids = batch.ids[row : row + 1, :size]
+            p, q = (m.logits(ids)[0, :-1].double().log_softmax(-1) for m in (lm, twin))
+            kl, n = kl + float((p.exp() * (p - q)).sum()), n + size - 1
+            then, now = lm.capture(ids, layers), twin.capture(ids, layers)
+            for layer in layers:
+                apart[layer][0] += float((now[layer] - then[layer])[0, 1:].double().pow(2).sum())
+                apart[layer][1] += float(then[layer][0, 1:].double().pow(2).sum())
+        both = [float(distance(lm, twin, batch, weight)) for weight in (0.0, 1.0)]
+        last = [m.logits_and_states(batch.ids, batch.attention_mask)[1][-1][batch.mask].double() for m in (lm, twin)]
+    assert both[0] == pytest.approx(kl / n, rel=1e-4)
+    behind_norm = float((last[1] - last[0]).pow(2).sum() / last[0].pow(2).sum())
+    streams = (sum(a / b for a, b in apart.values()) + behind_norm) / lm.n_layers
+    assert both[1] - both[0] == pytest.approx(streams, rel=1e-3)
 
 
 def learned(lm: LanguageModel) -> LanguageModel:
@@ -205,6 +268,9 @@ def test_bad_settings_are_refused(llama: LanguageModel) -> None:
         ({"lr": 0.0}, "lr"),
         ({"weights": "lora"}, "lora"),
         ({"holding": 1.0}, "holding"),
+        ({"held": 0}, "held"),
+        ({"state_weight": -1.0}, "state_weight"),
+        ({"spread_weight": -1.0}, "spread_weight"),
         ({"token_lam": 0.0}, "token_lam"),
     ):
         with pytest.raises(ConfigError, match=said):

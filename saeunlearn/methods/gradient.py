@@ -133,6 +133,10 @@ class GradientMethod(ABC):
         items = [windows(c, task.model, task.config.max_length) for c in (task.forget, task.retain)]
         return items[0], items[1]
 
+    def batches(self, config: Any) -> tuple[int, int]:
+        """How many forget windows and how many retain windows a step takes."""
+        return config.batch, config.batch
+
     def training(self, task: Task) -> AbstractContextManager[Trainable]:
         """What is trained; the model is as before afterwards."""
         return trainable(task.model, task.config.weights, task.config.rank, task.seed)
@@ -192,7 +196,7 @@ class GradientMethod(ABC):
             with self.training(task) as trained:
                 losses = []
                 if f_items:
-                    losses = _fit(trained, budget, f_items, r_items, now, seed, progress, self.name, objective)
+                    losses = _fit(self, trained, budget, f_items, r_items, now, seed, progress, objective)
                 parts = trained.parts()
             if not parts:
                 raise ConfigError(f"{self.name} changed nothing: raise lr or steps")
@@ -206,17 +210,18 @@ class GradientMethod(ABC):
         return Trained([self.scaled(p, said["scale"]) for p in parts], losses, {**said, "lr": now.lr})
 
 
-def _fit(trained: Trainable, budget: Budget, f_items: list[Window], r_items: list[Window], config: Any, seed: int,
-         progress: Progress, name: str, objective: Objective) -> list[dict[str, float]]:  # fmt: skip
+def _fit(method: GradientMethod, trained: Trainable, budget: Budget, f_items: list[Window], r_items: list[Window],
+         config: Any, seed: int, progress: Progress, objective: Objective) -> list[dict[str, float]]:  # fmt: skip
     model = trained.net
     groups = trained.groups(config.lr)
     step = make_update(config.update, groups, config.precondition)
-    f_batches = endless(f_items, model.pad_id, config.batch, seed)
-    r_batches = endless(r_items, model.pad_id, config.batch, seed + 1)
+    f_size, r_size = method.batches(config)
+    f_batches = endless(f_items, model.pad_id, f_size, seed)
+    r_batches = endless(r_items, model.pad_id, r_size, seed + 1)
     history: list[dict[str, float]] = []
     ruined = False
     budget = dataclasses.replace(budget, model=model)
-    progress.start(name, config.steps)
+    progress.start(method.name, config.steps)
     for n in range(config.steps):
         for group in groups:
             group["lr"] = group["peak"] * one_cycle(n, config.steps, 0.05)

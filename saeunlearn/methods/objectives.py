@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..corpus import Batch
+from ..models import LanguageModel
 
 
 def target_mask(batch: Batch) -> Tensor:
@@ -35,6 +36,16 @@ def _losses_of_sequence(logits: Tensor, ids: Tensor) -> Tensor:
 def nll(now: Tensor, mask: Tensor) -> Tensor:
     """Mean negative log-likelihood (nats) over all targets."""
     return -now.sum() / mask.sum().clamp_min(1)
+
+
+def spread_nll(logits: Tensor, batch: Batch) -> Tensor:
+    """Mean cross-entropy (nats) of the distributions `batch.spread` at their positions; 0 without any."""
+    if batch.spread is None:
+        return logits.new_zeros(())
+    (rows, at, tokens), shares = batch.spread
+    places, which = torch.stack([rows, at]).unique(dim=1, return_inverse=True)
+    log_p = F.log_softmax(logits[places[0], places[1] - 1], dim=-1)
+    return -(shares * log_p[which, tokens]).sum() / places.shape[1]
 
 
 def ascent(now: Tensor, mask: Tensor, bound: float) -> Tensor:
@@ -76,6 +87,20 @@ def kl(original: Tensor, logits: Tensor | Sequence[Tensor], mask: Tensor) -> Ten
     for row in zip(original, logits, mask):
         total = total + checkpoint(_kl_of_sequence, *row, use_reentrant=False)
     return total / mask.sum().clamp_min(1)
+
+
+def distance(original: LanguageModel, edited: LanguageModel, batch: Batch, state_weight: float) -> Tensor:
+    """KL(π₀ ‖ π), nats a position, + state_weight · mean over blocks of E‖h − h₀‖² / E‖h₀‖², h the residual stream.
+
+    A position tells of its distribution little more than the next word; of its stream it tells d_model numbers a block.
+    """
+    b = batch
+    with torch.no_grad():
+        wanted, then = original.logits_and_states(b.ids, b.attention_mask)
+    logits, now = edited.logits_and_states(b.ids, b.attention_mask)
+    apart = [F.mse_loss(h[b.mask].float(), h0[b.mask].float()) / h0[b.mask].float().pow(2).mean()
+             for h, h0 in zip(now, then)]  # fmt: skip
+    return kl(wanted, logits, b.mask[:, 1:]) + state_weight * torch.stack(apart).mean()
 
 
 def _kl_of_sequence(original: Tensor, logits: Tensor, mask: Tensor) -> Tensor:
