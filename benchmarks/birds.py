@@ -10,6 +10,8 @@ take SSPU's own; delta's small model is the model itself). The word list below i
 
 `--relearn 10` also trains each edited model on ten of the bird stories, at several learning rates, and measures the
 topic's words of the test stories on the way: `back` is the share of the rise that the best of them undoes.
+`--retain-rise .009` first scales each edit to that rise of the loss on the retain test stories, so that methods are
+compared at the same cost; one that costs less at full strength stays as it is.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from saeunlearn.checkpoints import write_json
 from saeunlearn.cli import main as saeunlearn
 from saeunlearn.corpus import Corpus, Window, endless, windows
 from saeunlearn.erasure import Erasure
-from saeunlearn.losses import token_losses
+from saeunlearn.evaluation.points import at_strength
+from saeunlearn.losses import mean_loss, token_losses
 from saeunlearn.methods import get_method
 from saeunlearn.models import LanguageModel
 from saeunlearn.progress import ConsoleProgress
@@ -75,13 +78,33 @@ def measure(model: LanguageModel, forget: Corpus, retain: Corpus) -> dict[str, f
             "topic_tokens": int(marks.sum()), "other_tokens": int((~marks).sum())}  # fmt: skip
 
 
-def score(model_dir: Path, erasure_dir: Path, data: Path) -> dict[str, Any]:
+def scaled_to(rise: float, model_dir: Path, erasure: Erasure, data: Path) -> tuple[Erasure, float]:
+    """The Erasure at the strength, to 1 %, at which the retain test stories' loss rises by this share, and that."""
+    items = windows(
+        Corpus.load(data / "tinystories/retain_test.jsonl"), model := LanguageModel.open(model_dir), MAX_LENGTH
+    )
+    before = mean_loss(model, items)
+
+    def within(strength: float) -> bool:
+        with at_strength(erasure, strength).apply(model):
+            return mean_loss(model, items) <= (1 + rise) * before
+
+    if within(1.0):
+        return erasure, 1.0
+    low, high = 0.0, 1.0
+    while high - low > 0.01:
+        middle = (low + high) / 2
+        low, high = (middle, high) if within(middle) else (low, middle)
+    return at_strength(erasure, low), low
+
+
+def score(model_dir: Path, erasure: Erasure, data: Path) -> dict[str, Any]:
     """Before and after on the test files, with greedy samples side by side."""
     forget = Corpus.load(data / "tinystories/forget_birds_test.jsonl")
     retain = Corpus.load(data / "tinystories/retain_test.jsonl")
     model = LanguageModel.open(model_dir)
     before, said = measure(model, forget, retain), model.generate(PROMPTS)
-    with Erasure.load(erasure_dir).apply(model):
+    with erasure.apply(model):
         after, says = measure(model, forget, retain), model.generate(PROMPTS)
     return {
         "before": before, "after": after, "topic_rise": after["topic"] - before["topic"],
@@ -90,7 +113,7 @@ def score(model_dir: Path, erasure_dir: Path, data: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def relearned(model_dir: Path, erasure_dir: Path, data: Path, n: int, seed: int) -> dict[str, Any]:
+def relearned(model_dir: Path, erasure: Erasure, data: Path, n: int, seed: int) -> dict[str, Any]:
     """The topic's loss on the test stories after training all weights on n training stories, by rate and step."""
     test, none = Corpus.load(data / "tinystories/forget_birds_test.jsonl"), Corpus.load(
         data / "tinystories/retain_test.jsonl").sample(1, 0)  # fmt: skip
@@ -98,7 +121,7 @@ def relearned(model_dir: Path, erasure_dir: Path, data: Path, n: int, seed: int)
     found: dict[str, dict[str, float]] = {}
     for lr in RATES:
         model = LanguageModel.open(model_dir)
-        Erasure.load(erasure_dir).apply(model)
+        erasure.apply(model)
         model.model.requires_grad_(True)
         curve = {"0": measure(model, test, none)["topic"]}
 
@@ -122,6 +145,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", default=["sspu"], help="sspu first where others need its selection")
     parser.add_argument("--relearn", type=int, default=0, metavar="N", help="train the edited models on N stories")
+    parser.add_argument("--retain-rise", type=float, metavar="SHARE", help="compare at this rise of the retain loss")
     args = parser.parse_args()
     model = args.data / "stories260K"
     files = [args.data / f"tinystories/{n}_train.jsonl" for n in ("forget_birds", "retain")]
@@ -133,18 +157,22 @@ def main() -> None:
             if run is None:
                 print(f"{method}, seed {seed}: failed", flush=True)
                 continue
-            result = score(model, run / "erasure", args.data)
+            erasure, strength = Erasure.load(run / "erasure"), 1.0
+            if args.retain_rise is not None:
+                erasure, strength = scaled_to(args.retain_rise, model, erasure, args.data)
+            result = {"strength": strength, **score(model, erasure, args.data)}
             selection = run / "selection.json"
             result["layer"] = json.loads(selection.read_text())["layer"] if selection.exists() else None
             results[f"{method} {seed}"] = result
             if args.relearn:
-                again = result["relearned"] = relearned(model, run / "erasure", args.data, args.relearn, seed)
+                again = result["relearned"] = relearned(model, erasure, args.data, args.relearn, seed)
                 again["back"] = (result["after"]["topic"] - again["best"]) / result["topic_rise"]
                 print(f"{method}, seed {seed}: relearned on {args.relearn} stories to {again['best']:.2f} nats, "
                       f"{again['back']:.0%} of the rise is undone", flush=True)  # fmt: skip
-            print(f"{method}, seed {seed}, layer {result['layer']}: topic words {result['before']['topic']:.2f} → "
-                  f"{result['after']['topic']:.2f} nats ({result['topic_rise']:+.2f}), other words "
-                  f"{result['other_rise']:+.1%}, retain stories {result['retain_rise']:+.1%}", flush=True)  # fmt: skip
+            print(f"{method}, seed {seed}, layer {result['layer']}, strength {strength:.2f}: "
+                  f"topic words {result['before']['topic']:.2f} → {result['after']['topic']:.2f} nats "
+                  f"({result['topic_rise']:+.2f}), other words {result['other_rise']:+.1%}, "
+                  f"retain stories {result['retain_rise']:+.1%}", flush=True)  # fmt: skip
             for s in result["samples"]:
                 print(f"  {s['prompt']} …\n    before: {s['before']!r}\n    after:  {s['after']!r}")
     args.out.mkdir(parents=True, exist_ok=True)
