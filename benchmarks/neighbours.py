@@ -197,6 +197,8 @@ VARIANTS: dict[str, Callable[[World, int], Erasure]] = {
     "npo-healed": lambda w, s: healed(w, by_method(w, "npo", s, **SUPPRESSING), s, steps=150),
     **{f"noise-and-retrain-{n}": lambda w, s, n=n: noise_and_retrain(w, s, steps=n) for n in (70, 140, 560)},
     **{f"overwrite-{n}": lambda w, s, n=n: by_method(w, "overwrite", s, steps=n) for n in (115, 230, 920)},
+    "overwrite-answers": lambda w, s: by_method(w, "overwrite", s, state_weight=0.0, retain_weight=3.0),
+    "overwrite-unspread": lambda w, s: by_method(w, "overwrite", s, spread_weight=0.0),
 }  # fmt: skip
 
 
