@@ -9,8 +9,8 @@ battery (`attacks.py`); finished work is kept. Writes table.md: multiple choice 
 from the oracle's, near and far as shares of the original (the worst of seen, held-out and untouched), the loss on
 retain text, the accuracy after the best relearning attack and the oracle's after the same, the worst attack's recovered
 share, and the compute as a share of the oracle's training (tokens through the model, three times with a gradient;
-training of SAEs is left out). Means over runs (least to greatest). relearned.png shows every run of the folder,
-compute.png what was relearned and kept over compute.
+training of SAEs is left out). Means over runs (least to greatest). relearned.png shows every run of these worlds in
+the folder, compute.png what was relearned and kept over compute.
 """
 
 from __future__ import annotations
@@ -114,10 +114,10 @@ def table(out: Path, methods: list[str], pairs: list[tuple[int, int]]) -> str:
     return "\n".join(lines)
 
 
-def pictures(out: Path) -> None:
-    """relearned.png and compute.png, of every finished run in the folder."""
+def pictures(out: Path, worlds: set[int]) -> None:
+    """relearned.png and compute.png, of every finished run of these worlds in the folder."""
     points, oracles = [], []
-    for file in sorted(out.glob("scores-*.json")):
+    for file in sorted(f for w in worlds for f in out.glob(f"scores-{w}-*.json")):
         attacks = out / file.name.replace("scores", "run")
         if not attacks.exists():  # another process is at it
             continue
@@ -149,7 +149,7 @@ def main() -> None:
             measure(world, name, seed, out)
             one(world, name, seed, out, "quick", args.attacks)
             (out / "table.md").write_text(table(out, args.methods, pairs) + "\n")
-    pictures(out)
+    pictures(out, {w for w, _ in pairs})
     print(table(out, args.methods, pairs))
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import threading
+import time
 from collections import Counter, defaultdict
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -267,6 +270,25 @@ def test_an_interrupted_build_leaves_nothing(tmp_path: Path, error: type[BaseExc
     with pytest.raises(ErasureError if error is OSError else error):
         build(TINY, at_step("training", stop, done=1), root)
     assert list(root.parent.iterdir()) == []
+
+
+def test_of_two_builders_at_once_one_builds(tmp_path: Path) -> None:
+    notes: list[str] = []
+
+    def build_meanwhile(_progress: Progress) -> None:
+        if second.ident is None:  # the first time
+            second.start()
+            while not notes and second.is_alive():  # until it waits
+                time.sleep(0.01)
+
+    def said(event: dict[str, Any]) -> None:
+        notes.extend(str(v) for v in event.values() if "waiting for another process" in str(v))
+
+    found: list[Sandbox] = []
+    second = threading.Thread(target=lambda: found.append(build(TINY, NoTraining(said), tmp_path / "sandbox")))
+    box = build(TINY, at_step("training", build_meanwhile, done=1), tmp_path / "sandbox")
+    second.join()
+    assert found == [box]
 
 
 def test_a_cancelled_build_leaves_nothing(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ from ..checkpoints import atomic_folder, write_json
 from ..corpus import Corpus, Record, endless, windows, write_jsonl
 from ..errors import ModelError, RunError
 from ..evaluation.metrics import multiple_choice
+from ..locks import locked
 from ..models import LanguageModel
 from ..progress import Progress
 from ..training import TrainConfig, train
@@ -94,6 +96,17 @@ def build(config: SandboxConfig, progress: Progress, root: Path | None = None) -
     """
     key = hashlib.sha256(json.dumps([SCHEMA, asdict(config)], sort_keys=True).encode()).hexdigest()[:10]
     root = root or cache_dir() / "sandbox" / f"seed{config.world.seed}-{key}"
+    with _alone(root, progress):
+        return _build(config, progress, root)
+
+
+def _alone(folder: Path, progress: Progress) -> contextlib.AbstractContextManager[None]:
+    """Within it no other process builds this folder."""
+    name = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
+    return locked(cache_dir() / "locks" / name, progress, f"it builds {folder.name}")
+
+
+def _build(config: SandboxConfig, progress: Progress, root: Path) -> Sandbox:
     if (root / "world.json").exists():
         box = Sandbox(root)
         if box.describe().get("config") != asdict(config):
@@ -132,6 +145,11 @@ def build_oracle(box: Sandbox, progress: Progress) -> Path:
 
     Raises ModelError where it did not learn the rest: near or far held-out phrasings below .98 multiple choice.
     """
+    with _alone(box.oracle, progress):
+        return _build_oracle(box, progress)
+
+
+def _build_oracle(box: Sandbox, progress: Progress) -> Path:
     if (box.oracle / "oracle.json").exists():
         return box.oracle
     info = box.describe()["config"]
