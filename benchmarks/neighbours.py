@@ -119,11 +119,15 @@ def cycles(world: World, seed: int) -> Erasure:
     return difference(world, edited, "cycles", seed)
 
 
-def erased_first(world: World, seed: int) -> Erasure:
-    """Key erasure of the blocks, mild, and overwriting what it leaves."""
-    edited = edited_by(world.model, by_method(world, "key-erasure", seed, lam=0.1, max_retain_rise=FREE))
-    both = edited_by(edited, by_method(world, "overwrite", seed, edited, steps=310, max_retain_rise=FREE))
-    return difference(world, both, "erased-first", seed)
+def after(world: World, first: str, then: str, seed: int) -> Erasure:
+    """Two methods one after the other: mild key erasure, shorter overwriting, others with their defaults."""
+    settings: dict[str, dict[str, Any]] = {
+        "key-erasure": {"lam": 0.1, "max_retain_rise": FREE}, "overwrite": {"steps": 310, "max_retain_rise": FREE},
+    }  # fmt: skip
+    edited = world.model
+    for name in (first, then):
+        edited = edited_by(edited, by_method(world, name, seed, edited, **settings.get(name, {})))
+    return difference(world, edited, f"{first}, {then}", seed)
 
 
 def tar(world: World, seed: int) -> Erasure:
@@ -192,7 +196,10 @@ def blocks_healed(world: World, seed: int) -> Erasure:
 
 
 VARIANTS: dict[str, Callable[[World, int], Erasure]] = {
-    "blocks-healed": blocks_healed, "cycles": cycles, "erased-first": erased_first, "undo": undo, "tar": tar,
+    "blocks-healed": blocks_healed, "cycles": cycles, "undo": undo, "tar": tar,
+    "erased-first": lambda w, s: after(w, "key-erasure", "overwrite", s),
+    "erased-npo": lambda w, s: after(w, "key-erasure", "npo", s),
+    "sspu-erased": lambda w, s: after(w, "sspu", "key-erasure", s),
     "value-edit": value_edit, "noise-and-retrain": noise_and_retrain,
     "npo-healed": lambda w, s: healed(w, by_method(w, "npo", s, **SUPPRESSING), s, steps=150),
     **{f"noise-and-retrain-{n}": lambda w, s, n=n: noise_and_retrain(w, s, steps=n) for n in (70, 140, 560)},

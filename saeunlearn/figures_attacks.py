@@ -85,6 +85,11 @@ def relearning(document: Mapping[str, Any]) -> Figure:
     return _finish(fig)
 
 
+def _looks(i: int) -> tuple[str, str]:
+    """Colour and marker of series i, different up to 49; grey and the star are the oracle's."""
+    return _SERIES[i % 7], _MARKERS[(i + i // 7) % 7]
+
+
 def kept_against_relearned(points: Sequence[Mapping[str, Any]], oracle: float, chance: float) -> Figure:
     """Points {"name", "kept", "relearned", "edited"}: what is kept of the worst retain group against the score on
     other forget facts after the best relearning, with a line down to the score before it. Below, right: the aim.
@@ -94,7 +99,7 @@ def kept_against_relearned(points: Sequence[Mapping[str, Any]], oracle: float, c
     names = list(dict.fromkeys(p["name"] for p in points))
     for i, name in enumerate(names):
         own = [p for p in points if p["name"] == name]
-        colour, marker = _SERIES[i % len(_SERIES)], _MARKERS[i % len(_MARKERS)]
+        colour, marker = _looks(i)
         for p in own:
             ax.plot([p["kept"]] * 2, [p["edited"], p["relearned"]], color=colour, linewidth=0.9)
         ax.plot([p["kept"] for p in own], [p["relearned"] for p in own], marker, color=colour, label=name)
@@ -117,7 +122,7 @@ def over_compute(points: Sequence[Mapping[str, Any]], oracle: float, chance: flo
         families.setdefault(p["name"].rstrip("0123456789").rstrip("-"), []).append(p)
     for i, (name, own) in enumerate(families.items()):
         own.sort(key=lambda p: p["compute"])
-        colour, marker = _SERIES[i % len(_SERIES)], _MARKERS[i % len(_MARKERS)]
+        colour, marker = _looks(i)
         for ax, key in zip(axes, ("relearned", "kept")):
             ax.plot([p["compute"] for p in own], [p[key] for p in own], marker, linestyle="-", linewidth=0.9,
                     color=colour, label=name)  # fmt: skip

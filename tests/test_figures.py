@@ -167,6 +167,14 @@ def test_kept_against_relearned_shows_every_point_and_both_levels() -> None:
     assert falls == [[0.3, 0.8], [0.25, 0.6], [0.28, 0.31]]
 
 
+def test_many_variants_look_different() -> None:
+    points = [{"name": f"v{chr(97 + i)}", "kept": 0.1 * (i % 10), "relearned": 0.5, "edited": 0.4, "compute": 0.1}
+              for i in range(20)]  # fmt: skip
+    for fig in (kept_against_relearned(points, 0.27, 0.25), over_compute(points, 0.27, 0.25)):
+        own = [x for x in fig.axes[0].lines if str(x.get_label()).startswith("v")]
+        assert len({(x.get_color(), x.get_marker()) for x in own}) == 20
+
+
 def test_over_compute_joins_the_sizes_of_one_variant() -> None:
     points = [
         {"name": name, "compute": compute, "kept": 0.9, "relearned": relearned}
