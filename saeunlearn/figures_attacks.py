@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -94,9 +95,9 @@ def kept_against_relearned(points: Sequence[Mapping[str, Any]], oracle: float, c
     """Points {"name", "kept", "relearned", "edited"}: what is kept of the worst retain group against the score on
     other forget facts after the best relearning, with a line down to the score before it. Below, right: the aim.
     """
-    fig = _figure(5.6, 4.0)
-    ax = fig.subplots()
     names = list(dict.fromkeys(p["name"] for p in points))
+    fig = _figure(5.6, 3.4 + 0.17 * math.ceil((len(names) + 2) / 3))  # the legend stands below
+    ax = fig.subplots()
     for i, name in enumerate(names):
         own = [p for p in points if p["name"] == name]
         colour, marker = _looks(i)
