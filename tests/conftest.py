@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,26 @@ def finished(micro: Any, micro_data: Path) -> Any:
     from micro import finish
 
     return finish(micro, micro_data, micro.root.parent)
+
+
+@pytest.fixture
+def config(micro: Any, micro_data: Path) -> Any:
+    """The RunConfig of `finished`."""
+    from micro import run_config
+
+    return run_config(micro, micro_data)
+
+
+@pytest.fixture
+def done(finished: Any, tmp_path: Path) -> Path:
+    """A copy of the finished run's directory, to be spoilt."""
+    return Path(shutil.copytree(finished.root, tmp_path / "run"))
+
+
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures take most of the time of a run this small."""
+    monkeypatch.setattr("saeunlearn.pipeline.write_report", lambda _run: None)
 
 
 @pytest.fixture(scope="session")
