@@ -4,7 +4,7 @@
 
 Reduced (the default; made to end within the hour on 2 cores as two processes): SSPU, RMU, NPO, low-rank NPO, GradDiff
 and SimNPO, four trials each on worlds 0 and 11, then five scoring runs each: seeds 0 to 4 on worlds 31, 32, 33, 31, 32.
-`--full`: every method that needs no second model, 8 trials each (the defaults and seven draws: TPE would begin at the
+`--full`: every method that needs no second model, 6 trials each (the defaults and five draws: TPE would begin at the
 eleventh), the same five scoring runs. The same command goes on after an interruption, and any number of processes may
 take part; `--threads 1` in each keeps them out of each other's way.
 
@@ -26,7 +26,7 @@ TUNE, WORLDS, RUNS = [0, 11], [31, 32, 33], 5
 
 
 def command(full: bool, out: Path) -> list[str]:
-    methods, trials = (list(SPACES), 8) if full else (REDUCED, 4)
+    methods, trials = (list(SPACES), 6) if full else (REDUCED, 4)
     given = {"methods": methods, "trials": [trials], "seeds": range(RUNS), "tune-worlds": TUNE, "worlds": WORLDS}
     options = [x for name, values in given.items() for x in (f"--{name}", *map(str, values))]
     return ["compare", "--sandbox", *options, "--out", str(out)]
