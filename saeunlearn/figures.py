@@ -253,31 +253,34 @@ def before_after(rows: Sequence[Mapping[str, Any]]) -> Figure:
     return _finish(fig)
 
 
-def frontier(points: Sequence[Mapping[str, Any]]) -> Figure:
-    """Forgetting against retention, one marker and line style per series, joined in order of retention.
+def frontier(
+    points: Sequence[Mapping[str, Any]], retain: str = "retention (score on retain questions; right is better)",
+    forget: str = "forget score (down is better)",
+) -> Figure:  # fmt: skip
+    """Forgetting against retention, one colour and marker per series, joined in order of retention.
 
     Point: {"label", "x": retention, "y": score on the forget set, "series"} and optionally "x_err", "y_err":
-    half-widths, or pairs (below, above). Better is right and down.
+    half-widths, or pairs (below, above). `retain`, `forget`: what the axes say, and which way is better.
     """
     fig = _figure(6.2, 4.4)
     ax = fig.add_subplot()
     for i, series in enumerate(dict.fromkeys(p["series"] for p in points)):
         part = sorted((p for p in points if p["series"] == series), key=lambda p: p["x"])
+        colour, marker = series_looks(i)
         ax.errorbar(
             [p["x"] for p in part],
             [p["y"] for p in part],
             xerr=[[half(p.get("x_err"), side) for p in part] for side in (0, 1)],
             yerr=[[half(p.get("y_err"), side) for p in part] for side in (0, 1)],
             label=series,
-            color=_SERIES[i % 8],
-            marker=_MARKERS[i % 8],
-            linestyle=_LINES[(i + i // 8) % 4],
+            color=colour,
+            marker=marker,
+            linestyle=_LINES[i % 4],
             linewidth=1.3,
             elinewidth=0.9,
         )
     ax.margins(0.1)
-    ax.set(xlabel="retention (score on retain questions; right is better)")
-    ax.set(ylabel="forget score (down is better)", title="Forgetting against retention")
+    ax.set(xlabel=retain, ylabel=forget, title="Forgetting against retention")
     ax.grid(color="#E5E5E5", linewidth=0.7)
     ax.set_axisbelow(True)
     if points:
@@ -349,6 +352,11 @@ def _png(fig: Figure, dpi: int) -> bytes:
 
 
 # --- shared ------------------------------------------------------------------------------------------------
+
+
+def series_looks(i: int) -> tuple[str, str]:
+    """Colour and marker of series i: no two are alike up to 49. Grey and the star are the oracle's."""
+    return _SERIES[i % 7], _MARKERS[(i + i // 7) % 7]
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .figures import _LINES, _MARKERS, _SERIES, BLACK, FORGET, GREY, _figure, _finish, _say
+from .figures import _LINES, _MARKERS, _SERIES, BLACK, FORGET, GREY, _figure, _finish, _say, series_looks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -86,11 +86,6 @@ def relearning(document: Mapping[str, Any]) -> Figure:
     return _finish(fig)
 
 
-def _looks(i: int) -> tuple[str, str]:
-    """Colour and marker of series i, different up to 49; grey and the star are the oracle's."""
-    return _SERIES[i % 7], _MARKERS[(i + i // 7) % 7]
-
-
 def kept_against_relearned(points: Sequence[Mapping[str, Any]], oracle: float, chance: float) -> Figure:
     """Points {"name", "kept", "relearned", "edited"}: what is kept of the worst retain group against the score on
     other forget facts after the best relearning, with a line down to the score before it. Below, right: the aim.
@@ -100,7 +95,7 @@ def kept_against_relearned(points: Sequence[Mapping[str, Any]], oracle: float, c
     ax = fig.subplots()
     for i, name in enumerate(names):
         own = [p for p in points if p["name"] == name]
-        colour, marker = _looks(i)
+        colour, marker = series_looks(i)
         for p in own:
             ax.plot([p["kept"]] * 2, [p["edited"], p["relearned"]], color=colour, linewidth=0.9)
         ax.plot([p["kept"] for p in own], [p["relearned"] for p in own], marker, color=colour, label=name)
@@ -123,7 +118,7 @@ def over_compute(points: Sequence[Mapping[str, Any]], oracle: float, chance: flo
         families.setdefault(p["name"].rstrip("0123456789").rstrip("-"), []).append(p)
     for i, (name, own) in enumerate(families.items()):
         own.sort(key=lambda p: p["compute"])
-        colour, marker = _looks(i)
+        colour, marker = series_looks(i)
         for ax, key in zip(axes, ("relearned", "kept")):
             ax.plot([p["compute"] for p in own], [p[key] for p in own], marker, linestyle="-", linewidth=0.9,
                     color=colour, label=name)  # fmt: skip

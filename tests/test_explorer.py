@@ -13,14 +13,15 @@ from typing import Any
 import pytest
 from rundirs import fill, visible
 from saeunlearn_explorer import jobs, pieces
-from saeunlearn_explorer.frontier import points
+from saeunlearn_explorer.frontier import frontier, points
 from saeunlearn_explorer.jobs import Jobs, LiveProgress
 from saeunlearn_explorer.pieces import chip, histogram, note, number, table, tokens, whiskers
 from saeunlearn_explorer.state import Explorer, document, safely, whole
 from saeunlearn_explorer.views import compare, steer
 from saeunlearn_explorer.views.erase import configured
-from saeunlearn_explorer.views.overview import overview
+from saeunlearn_explorer.views.overview import overview, pictures
 
+from saeunlearn import figures
 from saeunlearn.errors import ConfigError, RunError
 from saeunlearn.pipeline import RunConfig
 from saeunlearn.progress import Progress
@@ -37,7 +38,7 @@ def run_dir(tmp_path: Path) -> Path:
 def test_everything_is_escaped() -> None:
     parts = [note(EVIL), table([EVIL], [[EVIL]], label=EVIL), tokens([EVIL], [1.0]), chip(EVIL, 1.0),
              pieces.cards([(EVIL, EVIL, EVIL, "forget")]), pieces.pairs([(EVIL, EVIL)]), pieces.fold(EVIL, EVIL),
-             pieces.bars([1.0], [EVIL], EVIL, EVIL), histogram([0, 1], [3], EVIL), pieces.bar(0.5, EVIL),
+             histogram([0, 1], [3], EVIL), pieces.bar(0.5, EVIL),
              compare.answers([{"text": EVIL, "probability": 0.5}], [{"text": EVIL, "probability": 0.2}], False),
              compare.lens([{"layer": 0, "tokens": [[{"token": EVIL, "probability": 0.5}]]}], [EVIL])]  # fmt: skip
     for part in parts:
@@ -123,6 +124,40 @@ def test_frontier_has_the_original_and_every_comparable_run(run_dir: Path, tmp_p
     assert found[1]["x"][0] == retain["after"]
     assert found[1]["y"][0] == forget["after"]
     assert found[0]["y"][0] == forget["before"]
+
+
+def test_pictures_are_those_of_the_library(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: dict[str, Any] = {}
+
+    def keep(name: str) -> None:
+        real = getattr(figures, name)
+        monkeypatch.setattr(figures, name, lambda *args, **kw: (drawn.update({name: (args, kw)}), real(*args, **kw))[1])
+
+    keep("frontier")
+    keep("layer_table")
+    made = str(pictures(Explorer(run_dir)))
+    assert made.count('<img class="picture"') == 2
+    (given,), axes = drawn["frontier"]
+    doc = document(run_dir)
+    retain = next(h for h in doc["headlines"] if not h["forget"])
+    assert [p["series"] for p in given] == ["original", "run (this run)"]
+    assert given[1]["x"] == retain["after"]
+    assert given[1]["x_err"] == (retain["after"] - retain["after_low"], retain["after_high"] - retain["after"])
+    assert "right is better" in axes["retain"]
+    assert "down is better" in axes["forget"]
+    assert drawn["layer_table"][0][0] == json.loads((run_dir / "selection.json").read_text())["layers"]
+    (run_dir / "selection.json").unlink()
+    assert "chose no layer" in str(pictures(Explorer(run_dir)))
+
+
+def test_of_losses_the_frontier_says_the_other_way(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    doc = document(run_dir)
+    losses = {**doc, "headlines": [{**h, "metric": "NLL", "before": 1.0, "after": 2.0} for h in doc["headlines"]]}
+    said: dict[str, Any] = {}
+    monkeypatch.setattr(figures, "frontier", lambda _points, **kw: (said.update(kw), figures.layer_table([]))[1])
+    frontier({"run": losses})
+    assert "left is better" in said["retain"]
+    assert "up is better" in said["forget"]
 
 
 def test_a_run_that_is_gone_or_replaced_is_said(run_dir: Path, tmp_path: Path) -> None:

@@ -195,7 +195,11 @@ def test_an_erasure_is_made_to_its_end(seen: Watched, server: Server, tmp_path: 
     page.wait_for_selector("text=Invalid file type")
     again = page.context.new_page()  # the same visitor in another tab: the frontier has it, and it lands nowhere anew
     again.goto(server.url)
-    again.wait_for_selector(".overview td:has-text('second')")
+    again.wait_for_selector("#overview-pictures td:has-text('second')")
+    again.wait_for_function(
+        "[...document.querySelectorAll('#overview-pictures img')].every((i) => i.naturalWidth > 300)"
+    )
+    assert again.locator("#overview-pictures img.picture").count() == 2
     again.wait_for_timeout(1500)
     assert again.get_by_role("tab", name="Overview").get_attribute("aria-selected") == "true"
 

@@ -108,6 +108,13 @@ def test_frontier_joins_each_series_in_order_and_keeps_labels_apart() -> None:
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
 
 
+def test_every_series_looks_different_without_its_line() -> None:
+    fig = figures.frontier([{"label": "", "x": i / 20, "y": 0.5, "series": f"method {i}"} for i in range(18)])
+    drawn = {(c.lines[0].get_color(), c.lines[0].get_marker()) for c in fig.axes[0].containers}
+    assert len(drawn) == 18
+    assert len({figures.series_looks(i) for i in range(49)}) == 49
+
+
 @pytest.mark.parametrize(
     "draw",
     [

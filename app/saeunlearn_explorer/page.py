@@ -15,7 +15,7 @@ from saeunlearn.errors import RunError
 
 from .jobs import LiveProgress
 from .links import panel
-from .pieces import HATCH, bar
+from .pieces import bar
 from .state import Explorer, safely, whole
 from .views import compare, erase, feature, layers, overview, steer
 
@@ -37,7 +37,7 @@ def make_page(app: Explorer) -> gr.Blocks:
         ready, chosen = gr.State(False), gr.State({})  # chosen: the guard that this visitor saved last
         with gr.Tabs(elem_id="views", overflow_behavior="wrap") as tabs:
             with gr.Tab("Overview", id="overview"):
-                fill_overview = overview.build(app)
+                fill_overview, draw_overview = overview.build(app)
             with gr.Tab("Layers", id="layers"):
                 opening, fill_layers = layers.build(app, layer, chosen)
             with gr.Tab("Feature", id="feature"):
@@ -88,7 +88,7 @@ def make_page(app: Explorer) -> gr.Blocks:
 
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         looked = safely(look, 3), ready, [trouble, timer, status, ready]
-        demo.load(*fill_overview, api_name="overview")
+        demo.load(*fill_overview, api_name="overview").then(*draw_overview, **quiet)
         gr.on([demo.load, timer.tick], *looked, **quiet)
         prepared = [trouble, layer, compared.offered, compared.names]
         ready.change(safely(prepare, 3), ready, prepared, **quiet).then(*fill_layers, **quiet)
@@ -142,8 +142,8 @@ def explore(root: str | Path, port: int | None = None, share: bool = False) -> N
 def _header(app: Explorer) -> Markup:
     model = (app.info.get("model") or {}).get("name", "")
     return Markup(
-        '<header class="top">{}<h1>saeunlearn explorer</h1><span class="soft">{} · {} · {}</span></header>'
-    ).format(HATCH, app.root.name, model, app.info["config"].get("method", ""))
+        '<header class="top"><h1>saeunlearn explorer</h1><span class="soft">{} · {} · {}</span></header>'
+    ).format(app.root.name, model, app.info["config"].get("method", ""))
 
 
 def _theme() -> gr.themes.Base:

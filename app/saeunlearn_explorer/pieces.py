@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
 from saeunlearn.evaluation.meaning import is_number
+from saeunlearn.figures import png_data_uri
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 WIDE = 132.0  # width of the drawing of an interval, in its own units
 
@@ -129,44 +133,9 @@ def whiskers(row: dict[str, Any], low: float, high: float, side: str) -> Markup:
     )
 
 
-def bars(values: Sequence[Any], labels: Sequence[Any], title: str, marked: Any = None) -> Markup:
-    """Upright bars with their labels below; the one labelled `marked` is hatched and orange; × where there is none."""
-    width, height = max(180, 26 * len(values) + 16), 96
-    numbers = [float(v) for v in values if is_number(v)]
-    top, low = max([*numbers, 0.0]), min([*numbers, 0.0])
-    reach = (top - low) or 1.0
-
-    def y(value: float) -> float:
-        return 14 + (height - 30) * (top - value) / reach
-
-    step = (width - 16) / max(1, len(values))
-    every = math.ceil(len(values) * 14 / (width - 16)) if values else 1
-    parts = [Markup('<line class="axis" x1="6" x2="{}" y1="{y:.1f}" y2="{y:.1f}"/>').format(width - 6, y=y(0.0))]
-    for i, (v, label) in enumerate(zip(values, labels)):
-        left, middle = 8 + i * step + step * 0.12, 8 + (i + 0.5) * step
-        kind = "bar marked" if label == marked else "bar"
-        if is_number(v):
-            above, below = min(y(v), y(0.0)), max(y(v), y(0.0))
-            parts.append(box(kind, left, above, step * 0.76, max(below - above, 0.8), f"{label}: {number(v)}"))
-        else:
-            parts.append(Markup('<text class="none" x="{:.1f}" y="{:.1f}">×</text>').format(middle, y(0.0) - 2))
-        if i % every == 0:
-            parts.append(Markup('<text x="{:.1f}" y="{}">{}</text>').format(middle, height - 3, label))
-    said = ", ".join(f"{label}: {number(v)}" for v, label in zip(values, labels))
-    drawing = Markup(
-        '<svg class="bars" viewBox="0 0 {w} {h}" style="max-width:{m}px" role="img" aria-label="{}">{}</svg>'
-    )
-    return Markup('<figure class="small"><figcaption>{}</figcaption>{}</figure>').format(
-        title, drawing.format(f"{title}: {said}", join(parts), w=width, h=height, m=max(width, 260))
-    )
-
-
-# Once on the page, where it is never hidden with a view: a pattern in a hidden drawing paints nothing.
-HATCH = Markup(
-    '<svg class="defs" aria-hidden="true"><defs><pattern id="hatch" width="5" height="5" '
-    'patternUnits="userSpaceOnUse" patternTransform="rotate(45)"><rect width="5" height="5" class="hatch-ground"/>'
-    '<line x1="0" y1="0" x2="0" y2="5" class="hatch-line"/></pattern></defs></svg>'
-)
+def picture(fig: Figure, said: str) -> Markup:
+    """A figure of the library; `said` stands for it where pictures are not seen."""
+    return Markup('<img class="picture" alt="{}" src="{}">').format(said, png_data_uri(fig))
 
 
 def box(kind: str, x: float, y: float, width: float, height: float, said: str) -> Markup:

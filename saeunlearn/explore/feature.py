@@ -30,7 +30,7 @@ def layer_view(run: OpenedRun, index: Index, layer: int, chosen: Sequence[int] =
 
         {"layer", "d_sae", "features": [index], "forget", "retain": [E z²/‖h‖² of each], "density": [share of positions
          of all texts], "marks": ["chosen" | "relevant" | "irrelevant" | ""], "tokens": [[the TOKENS it is most active
-         on]], "texts": {name: {"positions", "fvu"}}, "layers": [the selection's table of layers]}
+         on]], "texts": {name: {"positions", "fvu"}}}
 
     `forget` is the text of that name, `retain` all others together. Marks of relevance exist at the selection's layer.
     Raises ConfigError for a layer that is not in the index.
@@ -41,8 +41,7 @@ def layer_view(run: OpenedRun, index: Index, layer: int, chosen: Sequence[int] =
         marks = {**dict.fromkeys(run.selection.irrelevant, "irrelevant"),
                  **dict.fromkeys(run.selection.relevant, "relevant")}  # fmt: skip
     marks |= dict.fromkeys(chosen, "chosen")
-    return {**columns, "marks": [marks.get(j, "") for j in columns["features"]],
-            "layers": run.selection.layers if run.selection else []}  # fmt: skip
+    return {**columns, "marks": [marks.get(j, "") for j in columns["features"]]}
 
 
 def feature_view(run: OpenedRun, index: Index, layer: int, feature: int) -> dict[str, Any]:

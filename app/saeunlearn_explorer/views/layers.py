@@ -11,7 +11,6 @@ from markupsafe import Markup
 from ..links import link, linked, panel
 from ..pieces import chip, join, note, number, percent, table
 from ..state import Explorer, safely, whole, words
-from .overview import layers as layer_bars
 
 SCRIPT = (Path(__file__).parents[1] / "scatter.js").read_text(encoding="utf-8")
 LISTED = 40  # features in the list beside the drawing
@@ -88,5 +87,4 @@ def described(view: dict[str, Any]) -> Markup:
     rows = [(name, f"{t['positions']:,}", percent(t["fvu"])) for name, t in view["texts"].items()]
     live = f"{len(view['features']):,} of {view['d_sae']:,} features of this layer fire on these texts."
     texts = table(["text", "positions", "variance not explained by the SAE"], rows, right=[1, 2], label="texts")
-    return join([Markup('<p class="soft">{}</p>').format(live), texts, Markup("<h3>Scores of the layers</h3>"),
-                 layer_bars({"layers": view["layers"]})])  # fmt: skip
+    return join([Markup('<p class="soft">{}</p>').format(live), texts])

@@ -11,13 +11,13 @@ from urllib.parse import quote
 import gradio as gr
 from markupsafe import Markup
 
+from saeunlearn import figures
 from saeunlearn.documents import read_json
 from saeunlearn.evaluation.meaning import METRICS, is_forget
 
 from ..frontier import frontier
 from ..links import panel
 from ..pieces import (
-    bars,
     cards,
     fingerprint,
     fold,
@@ -26,6 +26,7 @@ from ..pieces import (
     number,
     pairs,
     percent,
+    picture,
     score,
     table,
     under,
@@ -33,37 +34,45 @@ from ..pieces import (
 )  # fmt: skip
 from ..state import Explorer, document, safely
 
+Filled = tuple[Any, None, list[gr.HTML]]
 
-def build(app: Explorer) -> tuple[Any, None, list[gr.HTML]]:
-    """The view's components, and what fills them."""
+
+def build(app: Explorer) -> tuple[Filled, Filled]:
+    """What fills the view's components: first the words, then the pictures, for which matplotlib has to be loaded."""
     message, content = panel(), panel(elem_id="overview")
+    failed, drawn = panel(), panel(elem_id="overview-pictures")
 
     def fill() -> str:
         made = str(overview(app))
         app.open()
         return made
 
-    return safely(fill, 1), None, [message, content]
+    return (safely(fill, 1), None, [message, content]), (safely(lambda: str(pictures(app)), 1), None, [failed, drawn])
 
 
 def overview(app: Explorer) -> Markup:
-    """The whole view. Raises RunError for a run that is gone."""
+    """The whole view but its pictures. Raises RunError for a run that is gone."""
     app.alive()
-    doc, selection = document(app.root), read_json(app.root / "selection.json")
+    doc = document(app.root)
     rows: Sequence[dict[str, Any]] = doc["comparison"]
     return Markup('<div class="overview">{}</div>').format(join([
         state_notes(doc),
         headline_cards(doc),
         Markup('<div class="columns"><section>{}</section><section>{}</section></div>').format(
             join([Markup("<h2>What was forgotten</h2>"), asked(doc), Markup("<h2>How it was done</h2>"), done(doc)]),
-            join([Markup("<h2>Forgetting against retention</h2>"), frontier(app.documents()),
-                  Markup("<h2>Under attack</h2>"), attacks(doc)])),
+            join([Markup("<h2>Under attack</h2>"), attacks(doc), Markup("<h2>Not claimed</h2><ul>{}</ul>").format(
+                join(Markup("<li>{}</li>").format(c) for c in doc["not_claimed"])), report_link(app.root)])),
         Markup("<h2>Gone and kept</h2>"), comparison(rows),
-        Markup("<h2>Layers</h2>"), layers(selection),
-        Markup("<h2>Not claimed</h2><ul>{}</ul>").format(
-            join(Markup("<li>{}</li>").format(c) for c in doc["not_claimed"])),
-        report_link(app.root),
     ]))  # fmt: skip
+
+
+def pictures(app: Explorer) -> Markup:
+    """The run's Erasures against each other, and why this layer. Raises RunError for a run that is gone."""
+    app.alive()
+    return Markup('<div class="columns"><section>{}</section><section>{}</section></div>').format(
+        join([Markup("<h2>Forgetting against retention</h2>"), frontier(app.documents())]),
+        join([Markup("<h2>Layers</h2>"), layers(read_json(app.root / "selection.json"))]),
+    )
 
 
 def state_notes(doc: Mapping[str, Any]) -> Markup:
@@ -149,19 +158,13 @@ def _with_interval(row: Mapping[str, Any], when: str, metric: str) -> Markup:
 
 
 def layers(selection: Mapping[str, Any]) -> Markup:
-    """Bars of every score, and of the probe runs, by layer."""
-    rows = sorted(selection.get("layers") or [], key=lambda r: r["layer"])
+    """Every score, and the probe runs, by layer."""
+    rows = selection.get("layers") or []
     if not rows:
         return Markup('<p class="soft">This run chose no layer: its method needs none.</p>')
-    numbers, chosen = [r["layer"] for r in rows], next((r["layer"] for r in rows if r["chosen"]), None)
-    drawn = []
-    for kind in ("scores", "probe"):
-        for name in dict.fromkeys(n for r in rows for n, v in (r[kind] or {}).items() if isinstance(v, int | float)):
-            values = [(r[kind] or {}).get(name) for r in rows]
-            title = name.replace("_", " ") + (" (probe, nats a token)" if name == "forget_rise" else "")
-            drawn.append(bars(values, numbers, title, chosen))
-    said = Markup('<p class="soft">By layer (output of the block, from 0). Hatched: the chosen layer. ×: not run.</p>')
-    return join([Markup('<div class="grid">{}</div>').format(join(drawn)), said])
+    told = ", ".join(f"layer {r['layer']} ({'chosen' if r['chosen'] else 'not chosen'})" for r in rows)
+    said = Markup('<p class="soft">By layer: the output of the block, from 0.</p>')
+    return join([picture(figures.layer_table(rows), f"Scores and probe runs of {told}"), said])
 
 
 def attacks(doc: Mapping[str, Any]) -> Markup:
