@@ -203,6 +203,16 @@ def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
+def small_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GPT-2 with the tokenizer of the Llama."""
+    folder = tmp_path_factory.mktemp("small") / "small"
+    tokenizer = make_tokenizer("llama")
+    make_model("gpt2", tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data beside the project, which is not part of it."""
     shared = Path(__file__).resolve().parents[1].parent / "shared"

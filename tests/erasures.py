@@ -10,6 +10,7 @@ import torch
 from saeunlearn import checkpoints as ck
 from saeunlearn.erasure import Erasure, WeightDelta
 from saeunlearn.models import LanguageModel
+from saeunlearn.offsets import Offset
 
 IDS = torch.tensor([[3, 9, 27, 81, 5, 12, 40, 7]])
 
@@ -80,3 +81,11 @@ def leftovers(folder: Path) -> list[str]:
 
 def same_logits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.allclose(a, b, atol=1e-5, rtol=0)
+
+
+def trained_twin(lm: LanguageModel, part: Offset) -> LanguageModel:
+    """o' by the ordinary way: the changes applied to a copy."""
+    twin = lm.copy()
+    for change in part.changes:
+        change.apply(twin)
+    return twin
