@@ -147,7 +147,7 @@ def table(result: Mapping[str, Any]) -> list[list[str]]:
               "steps a run", "s tuning", "failed"]  # fmt: skip
     rows = []
     found = result["methods"]
-    for m in sorted(found, key=lambda m: -found[m]["scoring"][OUTCOMES[-1]]["mean"]):
+    for m in ranked(result):
         s, t = found[m]["scoring"], found[m]["tuning"]
         marks = [f"{s[o]['mean']:.3f} [{s[o]['low']:.3f}, {s[o]['high']:.3f}]" for o in OUTCOMES]
         cost = [
@@ -157,6 +157,11 @@ def table(result: Mapping[str, Any]) -> list[list[str]]:
         ]
         rows.append([m, *marks, *cost, f"{t['failed']} + {s['failed']}"])
     return [header, *rows]
+
+
+def ranked(result: Mapping[str, Any]) -> list[str]:
+    """The methods, most forgetting within the last limit first."""
+    return sorted(result["methods"], key=lambda m: -result["methods"][m]["scoring"][OUTCOMES[-1]]["mean"])
 
 
 def markdown(cells: Sequence[Sequence[str]]) -> str:
@@ -186,7 +191,7 @@ def frontier_points(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def bars(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [
-        {"method": m, "limit": limit, **found["scoring"][f"forgetting_at_{limit:g}"],
+        {"method": m, "limit": limit, **result["methods"][m]["scoring"][f"forgetting_at_{limit:g}"],
          "runs": [r[f"forgetting_at_{limit:g}"] for r in result["runs"] if r["method"] == m]}
-        for m, found in result["methods"].items() for limit in LIMITS
+        for m in ranked(result) for limit in LIMITS
     ]  # fmt: skip
