@@ -39,7 +39,7 @@ from saeunlearn.pipeline import choose
 from saeunlearn.progress import ConsoleProgress, Progress
 from saeunlearn.sandbox.build import DEMO_SELECT, DEMO_SETTINGS
 
-LAMBDAS = (0.1, 0.3, 1.0, 3.0, 10.0)
+LAMBDAS = (0.1, 0.17, 0.3, 0.5, 1.0, 3.0, 10.0)
 WEIGHTS = ("equal", "relevant", "random", "frequency")
 BLOCKS = {f"blocks {i}, {i + 1}": (i, i + 1) for i in range(3)}
 RETAIN = ("retain: relevant", "retain: random")
