@@ -99,9 +99,10 @@ def test_rmu_is_relearned_from_other_facts(world: World) -> None:
         "relearn-full",
         "ablation",
     )
-    assert best(document, "none")["recovered"] <= 0.4
-    assert best(document, "relearn-full")["recovered"] >= 0.6
-    assert best(document, "ablation")["recovered"] >= 0.6
+    left = best(document, "none")["recovered"]
+    assert left <= 0.4
+    assert best(document, "relearn-full")["recovered"] >= left + 0.2  # of fifteen questions: three that came back
+    assert best(document, "ablation")["recovered"] >= 0.8
     assert document["headline"]["recovered"] == max(a["best"]["recovered"] for a in document["attacks"][1:])
 
 
