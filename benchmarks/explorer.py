@@ -239,7 +239,7 @@ def pictures(run: Path, out: Path) -> None:
             shoot("narrow", narrow)
 
 
-def clip(page: Any, most: int = 1500) -> dict[str, float]:
+def clip(page: Any, most: int = 2400) -> dict[str, float]:
     """The page from its top to where it ends, at most so many pixels."""
     size = page.evaluate("[document.documentElement.clientWidth, document.documentElement.scrollHeight]")
     page.evaluate("window.scrollTo(0, 0)")

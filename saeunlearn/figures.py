@@ -267,18 +267,11 @@ def frontier(
     for i, series in enumerate(dict.fromkeys(p["series"] for p in points)):
         part = sorted((p for p in points if p["series"] == series), key=lambda p: p["x"])
         colour, marker = series_looks(i)
-        ax.errorbar(
-            [p["x"] for p in part],
-            [p["y"] for p in part],
-            xerr=[[half(p.get("x_err"), side) for p in part] for side in (0, 1)],
-            yerr=[[half(p.get("y_err"), side) for p in part] for side in (0, 1)],
-            label=series,
-            color=colour,
-            marker=marker,
-            linestyle=_LINES[i % 4],
-            linewidth=1.3,
-            elinewidth=0.9,
-        )
+        errors: Any = {
+            f"{axis}err": [[half(p.get(f"{axis}_err"), side) for p in part] for side in (0, 1)] for axis in "xy"
+        }
+        ax.errorbar([p["x"] for p in part], [p["y"] for p in part], **errors, label=series, color=colour, marker=marker,
+                    linestyle=_LINES[i % 4], linewidth=1.3, elinewidth=0.9)  # fmt: skip
     ax.margins(0.1)
     ax.set(xlabel=retain, ylabel=forget, title="Forgetting against retention")
     ax.grid(color="#E5E5E5", linewidth=0.7)

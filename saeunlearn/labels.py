@@ -59,3 +59,8 @@ def half(error: Any, side: int) -> float:
     if error is None:
         return 0.0
     return float(error[side]) if isinstance(error, Sequence) else float(error)
+
+
+def half_widths(mean: float, low: float, high: float) -> tuple[float, float]:
+    """How far an interval reaches below and above its point: a percentile interval can lie to one side of the mean."""
+    return max(0.0, mean - low), max(0.0, high - mean)

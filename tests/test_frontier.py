@@ -1,4 +1,4 @@
-"""Comparisons: points, intervals and tests by hand and against scipy; processes that share or are killed."""
+"""Comparisons: whole ones, with processes that share the work or are killed."""
 
 from __future__ import annotations
 
@@ -26,20 +26,11 @@ from saeunlearn.evaluation import frontier
 from saeunlearn.evaluation.points import (
     LIMITS,
     PENALTY,
-    Sheet,
     point,
 )
 from saeunlearn.evaluation.tuning import JOURNAL, mend
 from saeunlearn.locks import FileLock
 from saeunlearn.methods import METHODS
-
-CHANCE = 0.25
-SHEET = Sheet(
-    ids=[str(i) for i in range(12)],
-    groups=["forget/seen"] * 4 + ["forget/held_out"] * 2 + ["near/seen"] * 2 + ["near/untouched"] * 2 + ["far"] * 2,
-    before=[1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1], floor=[CHANCE] * 12, floor_is="chance",
-)  # fmt: skip
-
 
 # --- whole comparisons -------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Logit offsets: the ensemble's formula, generation, composition, training beside a black box, and the way to disk."""
+"""Logit offsets: the ensemble's formula, generation, composition, and the way to disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""UniErase: the solve, what it protects, the token it learns, requests one after another, and bad input."""
+"""UniErase: the token it learns, the whole method, requests one after another, and bad input."""
 
 from __future__ import annotations
 

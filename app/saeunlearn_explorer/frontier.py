@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from saeunlearn import figures
 from saeunlearn.evaluation.meaning import is_number
+from saeunlearn.labels import half_widths
 
 from .pieces import join, note, picture, score, table
 
@@ -59,7 +60,8 @@ def frontier(documents: Mapping[str, Mapping[str, Any]]) -> Markup:
 def _drawn(axis: str, ends: list[Any]) -> dict[str, Any]:
     """A value and its interval as `figures.frontier` takes them."""
     value, low, high = ends
-    return {axis: value, f"{axis}_err": (value - low, high - value) if is_number(low) and is_number(high) else None}
+    known = is_number(low) and is_number(high)
+    return {axis: value, f"{axis}_err": half_widths(value, low, high) if known else None}
 
 
 def _told(ends: list[Any], metric: str) -> str:

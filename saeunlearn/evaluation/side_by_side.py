@@ -12,6 +12,7 @@ from typing import Any
 from ..corpus import Corpus
 from ..erasure import Erasure
 from ..errors import ConfigError
+from ..labels import half_widths
 from ..models import LanguageModel
 from ..progress import Progress
 from .points import STRENGTHS, point_at, sheet_of
@@ -68,10 +69,5 @@ def frontier_points(document: Mapping[str, Any]) -> list[dict[str, Any]]:
 def point_of(series: str, f: Mapping[str, float], r: Mapping[str, float]) -> dict[str, Any]:
     """A point of `figures.frontier` from {"mean", "low", "high"} of forgetting and of retention."""
     return {"series": series, "label": "", "x": r["mean"], "y": 1 - f["mean"],
-            "x_err": _halves(r["mean"], r["low"], r["high"]),
-            "y_err": _halves(1 - f["mean"], 1 - f["high"], 1 - f["low"])}  # fmt: skip
-
-
-def _halves(mean: float, low: float, high: float) -> tuple[float, float]:
-    """A percentile interval of a cut or least value can lie to one side of the mean."""
-    return max(0.0, mean - low), max(0.0, high - mean)
+            "x_err": half_widths(r["mean"], r["low"], r["high"]),
+            "y_err": half_widths(1 - f["mean"], 1 - f["high"], 1 - f["low"])}  # fmt: skip

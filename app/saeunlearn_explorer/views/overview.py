@@ -162,9 +162,9 @@ def layers(selection: Mapping[str, Any]) -> Markup:
     rows = selection.get("layers") or []
     if not rows:
         return Markup('<p class="soft">This run chose no layer: its method needs none.</p>')
-    told = ", ".join(f"layer {r['layer']} ({'chosen' if r['chosen'] else 'not chosen'})" for r in rows)
+    chosen = next((r["layer"] for r in rows if r["chosen"]), None)
     said = Markup('<p class="soft">By layer: the output of the block, from 0.</p>')
-    return join([picture(figures.layer_table(rows), f"Scores and probe runs of {told}"), said])
+    return join([picture(figures.layer_table(rows), f"Scores and probe runs by layer; chosen: {chosen}"), said])
 
 
 def attacks(doc: Mapping[str, Any]) -> Markup:
