@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import shutil
 from dataclasses import dataclass, replace
@@ -12,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from commands import call
 from erasures import make, same, weights
 from micro import MARKER, SECRET, Finished, read, state
 
-from saeunlearn.cli import main
 from saeunlearn.corpus import Corpus
 from saeunlearn.erasure import Erasure
 from saeunlearn.evaluation.attacks import attack
@@ -107,12 +105,6 @@ def test_rmu_is_relearned_from_other_facts(world: World) -> None:
 
 
 def test_the_command_line(world: World, finished: Finished, tmp_path: Path) -> None:
-    def call(*argv: Any) -> tuple[int, str, str]:
-        out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = main([str(a) for a in argv])
-        return code, out.getvalue(), err.getvalue()
-
     root = Path(shutil.copytree(finished.root, tmp_path / "run"))
     given = ["attack", root, "--oracle", world.folder, "--attacks"]
     code, out, err = call(*given, "none,int4,bypass")
@@ -130,7 +122,7 @@ def test_the_command_line(world: World, finished: Finished, tmp_path: Path) -> N
     assert set(second["damage"]["models"]) == {"original", "unlearned", "oracle"}
     assert "keyword 1" in out
     before = state(root / "attacks.json")
-    assert call(*given, "none")[0] == 0
+    assert call(*given, "none").code == 0
     assert state(root / "attacks.json") == before  # nothing was done again
     assert {f.name for f in (root / "figures").iterdir()} >= {"attacks.png", "relearning.png"}
     questions = finished.run.questions
@@ -163,7 +155,7 @@ def test_the_command_line(world: World, finished: Finished, tmp_path: Path) -> N
         assert said in err
     info = read(root / "run.json")
     (root / "run.json").write_text(json.dumps({**info, "status": "cancelled"}))
-    assert "not a finished run" in call(*given, "none")[2]
+    assert "not a finished run" in call(*given, "none").err
 
 
 def test_int4_brings_back_what_tiny_steps_hid(world: World) -> None:
