@@ -6,6 +6,7 @@ TINY is a world that a test can build: the same code in seconds, and no finding 
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ TINY_SETTINGS: dict[str, Any] = {
     "gated": False, "target": "relevant", "gamma": 6.0, "alpha": 1.0, "lr": 0.5, "blocks": 2, "swapped": 0.2,
     "steps": 8, "batch": 8, "max_length": 16, "max_retain_rise": 0.5, "check_every": 4,
 }  # fmt: skip
+MOST_AT_ONCE = 8  # runs, at about 1 GB each
 _TINY_STEPS = {"steps": 8, "token_steps": 8, "noise_rounds": 1, "noise_steps": 2, "z_steps": 4}  # where a method has it
 
 
@@ -70,6 +72,35 @@ def config(box: Sandbox, method: str = "sspu", seed: int = 0, **changes: Any) ->
     return RunConfig(**given)
 
 
+def carry_out(wanted: Mapping[Path, RunConfig], progress: Progress | None = None) -> list[Path]:
+    """Carry out those of these runs that are not done yet, and return the directories of all, in order.
+
+    A run of this size does not fill the cores: several go on at a time, each in a process of its own with its share of
+    the threads. Raises RunError for a directory of another run before any is begun, and what `pipeline.unlearn` raises;
+    the others then stop, and the same call goes on with them.
+    """
+    from joblib import Parallel, cpu_count, delayed, parallel_config
+
+    open_ones = [(config, root) for root, config in wanted.items() if claim(root, config).get("status") != "done"]
+    if len(open_ones) <= 1:
+        for config, root in open_ones:
+            unlearn(config, root, progress)
+        return list(wanted)
+    jobs = min(len(open_ones), cpu_count(), MOST_AT_ONCE)
+    share = parallel_config(backend="loky", inner_max_num_threads=max(1, cpu_count() // jobs))
+    with warnings.catch_warnings(), share:
+        # A process that has grown is replaced by a new one between two runs: nothing is lost.
+        warnings.filterwarnings("ignore", "A worker stopped while some jobs were given")
+        made = Parallel(n_jobs=jobs, return_as="generator_unordered")(delayed(_alone)(*one) for one in open_ones)
+        for _ in (progress or Progress()).over(made, "runs", len(open_ones)):
+            pass
+    return list(wanted)
+
+
+def _alone(config: RunConfig, root: Path) -> None:
+    unlearn(config, root)
+
+
 def runs(
     folder: str | Path, box: Sandbox, methods: Sequence[str] = ("sspu",), seeds: Sequence[int] = (0,),
     progress: Progress | None = None,
@@ -77,17 +108,15 @@ def runs(
     """{method: [run directory of each seed]} in `folder`, made where they are not there yet.
 
     The first is SSPU's with seed 0: all others take its SAEs and its selection, so that seeds differ in the training
-    alone. Raises what `pipeline.unlearn` raises.
+    alone. Raises what `carry_out` raises.
     """
     first = Path(folder) / "sspu-0"
     shared = {"saes": first / "saes", "selection": first / "selection.json"}
-
-    def make(method: str, seed: int) -> Path:
-        root = Path(folder) / f"{method}-{seed}"
-        given = config(box, method, seed, **(shared if root != first and get_method(method).needs else {}))
-        if claim(root, given).get("status") != "done":
-            unlearn(given, root, progress)
-        return root
-
-    make("sspu", 0)
-    return {m: [make(m, s) for s in seeds] for m in methods}
+    roots = {m: [Path(folder) / f"{m}-{s}" for s in seeds] for m in methods}
+    wanted = {
+        root: config(box, m, s, **(shared if root != first and get_method(m).needs else {}))
+        for m, of_method in roots.items() for root, s in zip(of_method, seeds)
+    }  # fmt: skip
+    carry_out({first: config(box)}, progress)
+    carry_out(wanted, progress)
+    return roots
