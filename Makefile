@@ -1,5 +1,5 @@
 # demo: the toolkit on its built-in world · explore: look at it in the browser · test: everything · check: the quick part of it
-# notebooks: execute those of analysis/ with their full settings and keep the outputs (an hour or more)
+# notebooks: execute those of analysis/ with their full settings and keep the outputs (about an hour on two cores)
 PYTHON ?= python3
 BIN := .venv/bin
 

@@ -11,7 +11,7 @@
 import os
 from pathlib import Path
 
-from saeunlearn import demo, figures_features, figures_methods, open_run, unlearn
+from saeunlearn import demo, figures_features, figures_methods, open_run
 from saeunlearn.explore.runs import kept_by, left_of, scores_of
 from saeunlearn.features.geometry import geometry, variance_shares
 
@@ -54,11 +54,11 @@ print(f"steepness of the relevant rows: {found['spectra']['relevant'][0][0]:.2f}
 # relevant features of its own. The runs with a fixed layer are made here, for this and for what follows.
 
 # %%
-at = {selection.layer: roots["sspu"][0]}
-for layer in range(run.model.n_layers):
-    if layer not in at:
-        config = demo.config(box, saes=roots["sspu"][0] / "saes", select={"layer": layer})
-        at[layer] = unlearn(config, RUNS / f"sspu-layer-{layer}").root
+others = [i for i in range(run.model.n_layers) if i != selection.layer]
+made = demo.carry_out({
+    RUNS / f"sspu-layer-{i}": demo.config(box, saes=roots["sspu"][0] / "saes", select={"layer": i}) for i in others
+})  # fmt: skip
+at = {selection.layer: roots["sspu"][0], **dict(zip(others, made))}
 
 # %%
 from saeunlearn.features.selection import Selection
@@ -108,12 +108,12 @@ for i in left:
 
 # %%
 shared = {"saes": roots["sspu"][0] / "saes", "selection": roots["sspu"][0] / "selection.json"}
-variants = {"relevant features": roots["sspu"]}
-for basis in ("random_rows", "random_basis"):
-    variants[basis.replace("_", " ")] = [
-        unlearn(demo.config(box, seed=s, settings={"basis": basis}, **shared), RUNS / f"{basis}-{s}").root
-        for s in SEEDS
-    ]
+made = demo.carry_out({
+    RUNS / f"{basis}-{s}": demo.config(box, seed=s, settings={"basis": basis}, **shared)
+    for basis in ("random_rows", "random_basis") for s in SEEDS
+})  # fmt: skip
+n = len(SEEDS)
+variants = {"relevant features": roots["sspu"], "random rows": made[:n], "random basis": made[n:]}
 
 # %%
 scores = [r for r in scores_of(variants) if r["metric"] == "multiple_choice"]

@@ -18,7 +18,7 @@ from saeunlearn.terminal import attack_lines
 
 FAST = os.environ.get("SAEUNLEARN_NOTEBOOKS") == "fast"  # a tiny world, for the tests
 RUNS = Path("../runs/analysis-fast" if FAST else "../runs/analysis")
-METHODS = ("sspu",) if FAST else ("sspu", "rmu", "npo-lora", "key-erasure")
+METHODS = ("sspu",) if FAST else ("sspu", "rmu", "npo-lora", "key-erasure", "overwrite")
 READING, TRAINING = ("lens", "probes", "few-shot", "role-play", "prefill"), ("unrelated-lora", "relearn-lora")
 ATTACKS = ("none", "int4", "few-shot") if FAST else ("none", "int4", "ablation", *READING, *TRAINING, "keyword")
 
@@ -77,5 +77,6 @@ for m, d in documents.items():
         print(f"{m:12} {name:10} " + "   ".join(f"{asked} {s['accuracy']:.2f}" for asked, s in scores.items()))
 
 # %% [markdown]
-# Limits: the names of this world are single tokens, which helps key erasure (see `deep_erasure.md` for names in
-# pieces); the budget is `quick`; the best setting is chosen on the scored questions, which flatters the attacker.
+# Limits: the names of this world are single tokens, which helps key erasure and overwriting (`deep_erasure.md` has
+# names in pieces); the budget is `quick`; the best setting is chosen on the scored questions, which flatters the
+# attacker.

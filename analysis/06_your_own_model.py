@@ -25,6 +25,7 @@ if (DATA / "stories260K").is_dir() and not FAST:
         model=DATA / "stories260K", forget=stories / "forget_birds_train.jsonl", retain=stories / "retain_train.jsonl",
         eval_texts={"forget/unseen": stories / "forget_birds_test.jsonl", "retain/unseen":
                     stories / "retain_test.jsonl"}, include_text=True,
+        sae={"tokens": 300_000}, settings={"max_length": 128},  # less than the defaults, to save minutes
     )  # fmt: skip
 else:
     config = demo.config(demo.world(tiny=FAST), include_text=True)

@@ -72,8 +72,9 @@ claims += [
 
 # %%
 shared = {"saes": runs["sspu"][0] / "saes", "selection": runs["sspu"][0] / "selection.json"}
-random = {"random": [unlearn(demo.config(box, seed=s, settings={"basis": "random_basis"}, **shared),
-                             RUNS / f"random_basis-{s}").root for s in SEEDS]}  # fmt: skip
+wanted = {RUNS / f"random_basis-{s}": demo.config(box, seed=s, settings={"basis": "random_basis"}, **shared)
+          for s in SEEDS}  # fmt: skip
+random = {"random": demo.carry_out(wanted)}
 control = left_of(scores_of(random), "multiple_choice")["random"]
 claims += [
     Claim("SSPU", "the features' subspace is what makes it work",
@@ -166,9 +167,8 @@ claims += [
 # here).
 
 # %%
-restricted = {"restricted": [unlearn(demo.config(box, "graddiff", s, settings={"update": "restricted"}),
-                                     RUNS / f"restricted-{s}").root for s in SEEDS]}  # fmt: skip
-found = scores_of(restricted)
+wanted = {RUNS / f"restricted-{s}": demo.config(box, "graddiff", s, settings={"update": "restricted"}) for s in SEEDS}
+found = scores_of({"restricted": demo.carry_out(wanted)})
 claims += [
     Claim("restricted gradient", "forgets at least as much as the plain sum",
           "forget choice, restricted less plain",
@@ -186,15 +186,17 @@ from saeunlearn.diversify import diversify
 forget, retain = Corpus.load(box.forget), Corpus.load(box.retain)
 names, near = (sorted({r.meta["entity"] for r in c}) for c in (forget, retain.where(set="near")))
 far, known_ids = retain.where(set="far"), {r.id for r in retain}
-made = diversify(forget, names, near, seed=0)
-sets = {"far": list(far), "diversified": [*far, *(r for r in made if r.id not in known_ids)]}
+copies = diversify(forget, names, near, seed=0)
+sets = {"far": list(far), "diversified": [*far, *(r for r in copies if r.id not in known_ids)]}
 for name, kept_records in sets.items():
     write_jsonl(RUNS / f"retain-{name}.jsonl", kept_records)
 
 # %%
-distant = {n: [unlearn(demo.config(box, "kl", s, retain=RUNS / f"retain-{n}.jsonl"), RUNS / f"kl-{n}-{s}").root
-               for s in SEEDS[:2]] for n in sets}  # fmt: skip
-found = scores_of(distant)
+made = demo.carry_out({
+    RUNS / f"kl-{n}-{s}": demo.config(box, "kl", s, retain=RUNS / f"retain-{n}.jsonl") for n in sets for s in SEEDS[:2]
+})  # fmt: skip
+half = len(made) // 2
+found = scores_of({"far": made[:half], "diversified": made[half:]})
 near_kept, left = kept_by(found, "multiple_choice", "near"), left_of(found, "multiple_choice")
 claims += [
     Claim("diversified retain set", "keeps what a distant retain set lets slip",
