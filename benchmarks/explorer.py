@@ -230,6 +230,7 @@ def pictures(run: Path, out: Path) -> None:
             page.locator("#compare summary:has-text('say next')").first.click()
             shoot("compare")
             light = opened(browser, url)
+            light.wait_for_selector("img.picture >> nth=1")  # drawn after the words
             shoot("overview", light)
             dark = opened(browser, url, theme="dark")
             tab(dark, "Layers")
